@@ -1,0 +1,5 @@
+"""`python -m fedsweep` is `fedsweep`."""
+
+from fedsweep.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What is to be done: parameters, configuration, grids. Pure: opens no file, no socket, no clock."""
