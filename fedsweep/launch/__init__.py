@@ -1,0 +1,1 @@
+"""Starting managers and workers. Knows them by their command lines only."""

@@ -1,0 +1,220 @@
+"""`fedsweep run`: a manager and its workers on this machine, shown while they work, and a report at the end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedsweep.errors import FedsweepError, ManagerUnreachable, UsageError
+from fedsweep.launch.local import LocalSweep
+from fedsweep.manager.server import read_token
+from fedsweep.manager.sources import read_sources, split_arguments
+from fedsweep.plan.config import parse
+from fedsweep.plan.grid import Grid, expand
+from fedsweep.report.display import choose, duration, panel
+from fedsweep.worker.client import ManagerClient
+
+INTERRUPTED = 130
+POLL_S = 0.25
+LOCAL_HEARTBEAT_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What the command line of `fedsweep run` asks for."""
+
+    arguments: tuple[str, ...]  # CONFIG and KEY=VALUE, mixed
+    state_dir: Path
+    data_dir: Path | None
+    num_workers: int | None
+    device: str
+    host: str
+    port: int
+    max_tasks: int
+    quiet: bool
+    as_json: bool
+
+
+def run_sweep(request: RunRequest) -> int:
+    """Run the sweep to its end, or to Ctrl-C; the exit status.
+
+    Raises:
+        ConfigError: the configuration is wrong; nothing was started.
+        FedsweepError: the manager could not start, or no worker stays alive.
+    """
+    paths, overrides = split_arguments(request.arguments)
+    grid = expand(parse(read_sources(paths), overrides), request.max_tasks)
+    say = _no_words if request.quiet or request.as_json else Console().print
+    num_workers, device = _workers_and_device(request, say)
+    say(_headline(grid, num_workers))
+    started_at = time.monotonic()
+    sweep = LocalSweep(
+        manager_arguments=_manager_arguments(request),
+        worker_arguments=_worker_arguments(request, device),
+        num_workers=num_workers,
+        state_dir=request.state_dir,
+        host=request.host,
+        port=request.port,
+    )
+    try:
+        with _stop_signals():
+            status = _watch(sweep, request)
+    except KeyboardInterrupt:
+        say(f"Stopped. Everything finished is kept in {request.state_dir}; the same command goes on from there.")
+        return INTERRUPTED
+    code = sweep.manager.returncode
+    if code not in (0, 1):
+        raise FedsweepError(f"the manager could not run the sweep:\n{sweep.manager.log_tail()}")
+    _finish(grid, status, request, time.monotonic() - started_at, int(code))
+    return int(code)
+
+
+def _no_words(*_: object) -> None:
+    """Say nothing."""
+
+
+def _workers_and_device(request: RunRequest, say: Any) -> tuple[int, str]:
+    """How many workers to start, and their device."""
+    from fedsweep.worker.gpu import list_gpus
+
+    gpus = [] if request.device == "cpu" else list_gpus()
+    if request.device == "auto" and not gpus:
+        count = request.num_workers or 1
+        say(f"No GPU found: training on the CPU with {count} worker{'s' * (count > 1)}.")
+        return count, "cpu"
+    return request.num_workers or (len(gpus) if request.device == "auto" else 1), request.device
+
+
+def _headline(grid: Grid, num_workers: int) -> str:
+    dropped = f"; {grid.duplicates} of the {grid.total} asked for are duplicates" if grid.duplicates else ""
+    return f"{grid.unique} experiments{dropped}. Rows go to {', '.join(_output_dirs(grid))}."
+
+
+def _output_dirs(grid: Grid) -> list[str]:
+    return sorted({folder for task in grid.tasks for folder in task.output_dirs})
+
+
+def _manager_arguments(request: RunRequest) -> list[str]:
+    options = ["--state-dir", str(request.state_dir), "--max-tasks", str(request.max_tasks)]
+    return [*options, "--heartbeat-s", str(LOCAL_HEARTBEAT_S), *request.arguments]
+
+
+def _worker_arguments(request: RunRequest, device: str) -> list[str]:
+    options = ["--state-dir", str(request.state_dir), "--device", device]
+    return options if request.data_dir is None else [*options, "--data-dir", str(request.data_dir)]
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Make SIGTERM and a closed terminal end the sweep as Ctrl-C does."""
+    kinds = (signal.SIGTERM, signal.SIGHUP)
+    before = {kind: signal.signal(kind, signal.default_int_handler) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _watch(sweep: LocalSweep, request: RunRequest) -> dict[str, Any]:
+    """Show the sweep until its manager ends; the last status seen."""
+    status: dict[str, Any] = {}
+    try:
+        sweep.start()
+        with choose(quiet=request.quiet, as_json=request.as_json) as display:
+            while sweep.keep_alive():
+                status = _status_or_none(sweep, request.state_dir) or status
+                if status:
+                    display.update(status)
+                time.sleep(POLL_S)
+    finally:
+        sweep.stop()
+    return status
+
+
+def _status_or_none(sweep: LocalSweep, state_dir: Path) -> dict[str, Any] | None:
+    try:
+        return _ask(sweep.host, sweep.port, read_token(state_dir / "token"))
+    except FedsweepError:
+        return None  # the manager is being started again
+
+
+def _finish(grid: Grid, status: Mapping[str, Any], request: RunRequest, seconds: float, code: int) -> None:
+    """Report what was found: the table, the plots, what failed."""
+    from fedsweep.report import report
+    from fedsweep.report.tables import show_report
+
+    made = report([Path(folder) for folder in _output_dirs(grid)])
+    if request.as_json:
+        counts = {name: status.get(name) for name in ("total", "complete", "failed")}
+        files = [str(path) for path in made.files]
+        print(json.dumps({"event": "end", **counts, "exit_code": code, "seconds": round(seconds, 3), "files": files}))
+    elif not request.quiet:
+        show_report(made)
+        print(f"Finished in {duration(seconds)}.")
+    if code == 1:
+        print(_failures(status, request.state_dir), file=sys.stderr)
+
+
+def _failures(status: Mapping[str, Any], state_dir: Path) -> str:
+    lines = [f"{status.get('failed', 'Some')} experiments failed for good:"]
+    lines += [f"  {failure['task_id']}: {failure['error']}" for failure in status.get("failures", ())]
+    return "\n".join([*lines, f"Each has a log in its output folder's logs/; those of the workers are in {state_dir}/logs."])
+
+
+def ask_status(state_dir: Path, manager: str | None = None, token_file: Path | None = None) -> dict[str, Any]:
+    """The answer of a running manager to `status`.
+
+    Raises:
+        ManagerUnreachable: none answers there.
+    """
+    host, port = _address(state_dir, manager)
+    return _ask(host, port, read_token(token_file or state_dir / "token"))
+
+
+def _address(state_dir: Path, manager: str | None) -> tuple[str, int]:
+    if manager is not None:
+        host, _, port = manager.rpartition(":")
+        if not host or not port.isdigit():
+            raise UsageError(f"--manager {manager}: expected HOST:PORT, as in 127.0.0.1:5000")
+        return host, int(port)
+    try:
+        address = json.loads((state_dir / "manager.json").read_text())
+        return address["host"], address["port"]
+    except (OSError, ValueError, KeyError):
+        raise ManagerUnreachable(
+            f"no manager is running on {state_dir}; name another --state-dir, or its address by --manager HOST:PORT"
+        ) from None
+
+
+def _ask(host: str, port: int, token: str) -> dict[str, Any]:
+    client = ManagerClient(host, port, token, timeout=5.0)
+    try:
+        status: dict[str, Any] = client.ask({"type": "status"})["status"]
+        return status
+    finally:
+        client.close()
+
+
+def show_status(status: Mapping[str, Any], *, as_json: bool = False) -> None:
+    """Print a status for people, or as one JSON object."""
+    if as_json:
+        print(json.dumps(status))
+        return
+    console = Console()
+    console.print(panel(status))
+    if status.get("failures"):
+        table = Table("failed", "last error", box=None)
+        for failure in status["failures"]:
+            table.add_row(failure["task_id"], failure["error"])
+        console.print(table)
