@@ -36,7 +36,7 @@ def test_help_teaches(fedsweep):
 
 def test_help_loads_nothing_heavy():
     """What makes `fedsweep --help` answer at once; benchmarks/startup.py measures it."""
-    code = "import sys; sys.argv = ['fedsweep', '--help']; from fedsweep.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+    code = "from fedsweep.cli import app\ntry: app(['--help'])\nfinally: import sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
     assert "typer" in modules
     assert not {"torch", "numpy", "pandas", "pydantic", "matplotlib", "ruamel", "sqlite3", "asyncio"} & set(modules)
@@ -111,15 +111,17 @@ def test_quiet_prints_nothing(fedsweep, tiny):
 
 
 def test_a_wrong_configuration_names_every_error_and_starts_nothing(fedsweep, tmp_path):
-    (tmp_path / "bad.yaml").write_text(TINY.replace("label_flip", "label_flop").replace("dataset: digits", "dataset: 3"))
+    (tmp_path / "bad.yaml").write_text(
+        TINY.replace("label_flip", "label_flop").replace("dataset: digits", "dataset: 3")
+    )
     done = fedsweep("run", "bad.yaml")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
         "bad.yaml:1: defaults.dataset: 3 is a number; dataset is digits, mnist, fashion_mnist, kmnist, cifar10, "
         "cifar100, parquet:PATH\n"
-        'bad.yaml:6: tiny.combinations[1].poison_type[0]: "label_flop" is not a poison type; did you mean "label_flip"? '
-        "(label_flip, random_noise)\n"
+        'bad.yaml:6: tiny.combinations[1].poison_type[0]: "label_flop" is not a poison type; did you mean '
+        '"label_flip"? (label_flip, random_noise)\n'
         "2 problems in the configuration; nothing was started.\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.yaml"]
@@ -129,7 +131,8 @@ def test_status_without_a_manager_says_what_to_do(fedsweep):
     done = fedsweep("status")
     assert done.returncode == 1
     assert done.stderr == (
-        "fedsweep: no manager is running on .fedsweep; name another --state-dir, or its address by --manager HOST:PORT\n"
+        "fedsweep: no manager is running on .fedsweep; "
+        "name another --state-dir, or its address by --manager HOST:PORT\n"
     )
 
 
