@@ -6,20 +6,21 @@ matter (the kind of an attack that touches no sample, say) is normalised away in
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import posixpath
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AllowInfNan, BaseModel, BeforeValidator, ConfigDict, Field, Strict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter
 from pydantic import ValidationError as PydanticError
 from pydantic.fields import FieldInfo
 
-DATASETS = ("digits", "mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100")
-PARQUET_PREFIX = "parquet:"
+from fedsweep.plan import refusals
+from fedsweep.plan.types import DATASETS as DATASETS
+from fedsweep.plan.types import MAX_COUNT, MAX_SEED, Dataset, Integer, Number, Text
+from fedsweep.plan.types import PARQUET_PREFIX as PARQUET_PREFIX
+from fedsweep.plan.words import nearest as nearest
 
 # The columns that the first tools of this field wrote; a row without a digest is matched on them.
 NAMED_COLUMNS = (
@@ -37,25 +38,6 @@ NAMED_COLUMNS = (
 )
 
 
-def _integral(value: object) -> object:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _dataset_name(value: str) -> str:
-    if value in DATASETS:
-        return value
-    if value.startswith(PARQUET_PREFIX) and len(value) > len(PARQUET_PREFIX):
-        return PARQUET_PREFIX + posixpath.normpath(value.removeprefix(PARQUET_PREFIX))
-    raise ValueError(f"{_shown(value)} is not a dataset")
-
-
-Integer = Annotated[int, Strict(), BeforeValidator(_integral)]
-Number = Annotated[float, Strict(), AllowInfNan(False)]
-Dataset = Annotated[str, Strict(), AfterValidator(_dataset_name)]
-MAX_SEED = 2**63 - 1
-BOUNDS = {"ge": "from", "gt": "above", "le": "up to", "lt": "and below"}
-
-
 def _unit(unit: str) -> dict[str, Any]:
     return {"unit": unit}
 
@@ -71,7 +53,7 @@ class Experiment(BaseModel):
     """`cnn`: convolution blocks and one linear layer. `lr`: linear blocks and one linear layer; with depth 0 logistic
     regression proper."""
     width_factor: Integer = Field(default=4, ge=1, le=4096, json_schema_extra=_unit("channels or units"))
-    """Width of every hidden layer."""
+    """Width of every hidden layer; with depth 0 there is none."""
     depth: Integer = Field(default=2, ge=0, le=1024, json_schema_extra=_unit("blocks"))
     """Number of hidden blocks."""
     poison_ratio: Number = Field(default=0.0, ge=0, le=1)
@@ -82,32 +64,32 @@ class Experiment(BaseModel):
     poison_level: Literal["sample", "client"] = "sample"
     """`sample`: every client poisons that share of its own samples. `client`: that share of the clients is malicious
     and poisons all of its samples."""
-    target_class: Integer | None = Field(default=None, ge=0)
+    target_class: Integer | None = Field(default=None, ge=0, le=MAX_COUNT)
     """Poison samples of this class only (with `label_flip`; needs `poison_label`). `null`: samples of every class."""
-    poison_label: Integer | None = Field(default=None, ge=0)
+    poison_label: Integer | None = Field(default=None, ge=0, le=MAX_COUNT)
     """The label that samples of `target_class` get."""
-    alpha: Number = Field(default=1.0, gt=0, le=1e9)
+    alpha: Number = Field(default=1.0, gt=0, le=MAX_COUNT)
     """Concentration of the Dirichlet partition: 0.1 is very heterogeneous, 100 nearly the same mix for every client."""
     partition: Literal["dirichlet_class", "dirichlet_client", "iid"] = "dirichlet_class"
     """`dirichlet_class`: the samples of each class are cut among the clients by Dir(alpha) (Yurochkin et al. 2019).
     `dirichlet_client`: clients of the same size, each with its own class mix (Hsu et al. 2019). `iid`: equal shares at
     random."""
-    min_client_size: Integer = Field(default=10, ge=1, json_schema_extra=_unit("samples"))
+    min_client_size: Integer = Field(default=10, ge=1, le=MAX_COUNT, json_schema_extra=_unit("samples"))
     """`dirichlet_class` is drawn again until every client has at least this many samples."""
     data_ordering: Literal["shuffle", "good_bad", "bad_good"] = "shuffle"
     """Order within a local epoch: all samples shuffled; clean ones first, then poisoned ones; or the reverse."""
     aggregator: Literal["fedavg", "fedavg_uniform", "median"] = "fedavg"
     """`fedavg`: mean of the clients' weights by their sample counts. `fedavg_uniform`: plain mean. `median`:
     coordinate-wise median."""
-    batch_size: Integer = Field(default=32, ge=2, json_schema_extra=_unit("samples"))
+    batch_size: Integer = Field(default=32, ge=2, le=MAX_COUNT, json_schema_extra=_unit("samples"))
     """Samples in a training step. The last batch of an epoch may be smaller; a batch of one sample is left out."""
     num_clients: Integer = Field(default=10, ge=1, le=100_000, json_schema_extra=_unit("clients"))
     """Number of clients that the training set is divided among."""
     fraction_fit: Number = Field(default=1.0, gt=0, le=1)
     """Share of the clients that train in a round (at least one client)."""
-    global_rounds: Integer = Field(default=10, ge=1, json_schema_extra=_unit("rounds"))
+    global_rounds: Integer = Field(default=10, ge=1, le=MAX_COUNT, json_schema_extra=_unit("rounds"))
     """Rounds of training and aggregation, at most."""
-    local_epochs: Integer = Field(default=1, ge=1, json_schema_extra=_unit("epochs"))
+    local_epochs: Integer = Field(default=1, ge=1, le=MAX_COUNT, json_schema_extra=_unit("epochs"))
     """Passes over its own data that a client makes in a round."""
     lr: Number = Field(default=0.02, gt=0)
     """Learning rate of the clients' SGD."""
@@ -119,7 +101,7 @@ class Experiment(BaseModel):
     """Gradients of a client's model are clipped to this norm in each step. `null`: not clipped."""
     validation_split: Number = Field(default=0.1, gt=0, lt=1)
     """Share of the training set that is held out for validation; never poisoned."""
-    early_stopping_patience: Integer | None = Field(default=10, ge=1, json_schema_extra=_unit("rounds"))
+    early_stopping_patience: Integer | None = Field(default=10, ge=1, le=MAX_COUNT, json_schema_extra=_unit("rounds"))
     """Stop after this many rounds in a row whose validation loss is not below the best by `min_delta`. `null`: do not
     stop early."""
     min_delta: Number = Field(default=0.0, ge=0)
@@ -137,24 +119,29 @@ class Experiment(BaseModel):
         return self.poison_type == "label_flip" and self.target_class is not None
 
     def canonical(self) -> dict[str, Any]:
-        """Every parameter as the signature sees it: what cannot matter is None, spelling is gone."""
-        values = self.model_dump()
-        values["partition_seed"] = self.seed if self.partition_seed is None else self.partition_seed
-        values["split_seed"] = self.seed if self.split_seed is None else self.split_seed
+        """Every parameter as the signature sees it: what cannot matter is None, spelling is gone. Sorted by name."""
+        given = self.__dict__
+        values = {name: given[name] for name in _SORTED_NAMES}
+        if self.partition_seed is None:
+            values["partition_seed"] = self.seed
+        if self.split_seed is None:
+            values["split_seed"] = self.seed
         if not self.is_targeted:
-            values.update(target_class=None, poison_label=None)
+            values["target_class"] = values["poison_label"] = None
         if self.poison_ratio == 0:
-            values.update(poison_type=None, poison_level=None, target_class=None, poison_label=None)
+            values["poison_type"] = values["poison_level"] = values["target_class"] = values["poison_label"] = None
         if self.poison_ratio == 1:  # every client poisons everything that it may: both levels are the same
             values["poison_level"] = None
         if self._each_client_has_one_kind:
             values["data_ordering"] = "shuffle"
+        if self.depth == 0:  # no hidden layer, whose width it would be
+            values["width_factor"] = None
         if self.partition == "iid":
             values["alpha"] = None
         if self.partition != "dirichlet_class":
             values["min_client_size"] = None
         if self.early_stopping_patience is None or self.early_stopping_patience >= self.global_rounds:
-            values.update(early_stopping_patience=None, min_delta=None)
+            values["early_stopping_patience"] = values["min_delta"] = None
         return values
 
     @property
@@ -165,20 +152,22 @@ class Experiment(BaseModel):
         return not self.is_targeted and (self.poison_level == "client" or self.poison_ratio == 1)
 
     @cached_property
-    def named_key(self) -> str:
-        """The signature without its digest: the eleven named columns in canonical form."""
-        values = self.canonical()
-        return "|".join(_key_part(values[name]) for name in NAMED_COLUMNS)
-
-    @cached_property
     def signature(self) -> str:
         """What identifies the computation: `dataset|model_type|…|seed|digest`."""
-        canonical = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return f"{self.named_key}|{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
+        values = self.canonical()
+        named = [_key_part(values[name]) for name in NAMED_COLUMNS]
+        digest = hashlib.sha256(_CANONICAL_JSON.encode(values).encode()).hexdigest()[:12]
+        return "|".join([*named, digest])
+
+
+_SORTED_NAMES = tuple(sorted(Experiment.model_fields))
+_CANONICAL_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def _key_part(value: object) -> str:
-    return "none" if value is None else str(value).replace("%", "%25").replace("|", "%7C")
+    if isinstance(value, str):
+        return value.replace("%", "%25").replace("|", "%7C")
+    return "none" if value is None else str(value)
 
 
 class RunOptions(BaseModel):
@@ -186,19 +175,21 @@ class RunOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    output_dir: Annotated[str, Strict()] = Field(default="./results_{phase}", min_length=1)
+    output_dir: Text = Field(default="./results_{phase}", min_length=1)
     """Where the rows go. `{phase}` and `{any parameter}` are filled in. Relative to the current folder."""
-    project_name: Annotated[str, Strict()] = "fedsweep"
-    """A name for people; in no signature and no path."""
+    project_name: Text = "fedsweep"
+    """A name for people; decides nothing."""
     num_parallel_workers: Integer = Field(default=1, ge=1, le=256, json_schema_extra=_unit("processes"))
     """Processes that train the clients of a round side by side, on a CPU."""
     optimizer: Literal["sgd"] = "sgd"
     """The clients' optimiser."""
-    device: Annotated[str, Strict()] = "auto"
+    device: Text = "auto"
     """Accepted for older configurations; the worker's `--device` decides."""
     load_to_memory: Annotated[bool, Strict()] = True
     """Accepted for older configurations; data always lies in memory."""
 
+
+CHECKED_TOGETHER = ("dataset", "target_class", "poison_label")  # what `check_together` looks at
 
 PARAMETERS: dict[str, FieldInfo] = {**Experiment.model_fields, **RunOptions.model_fields}
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {
@@ -227,22 +218,28 @@ def check_value(name: str, value: object) -> Any:
     try:
         return _ADAPTERS[name].validate_python(value)
     except PydanticError:
-        raise ValueError(_refusal(name, value)) from None
+        raise ValueError(refusals.refusal(name, PARAMETERS[name], value)) from None
 
 
-def check_together(values: Mapping[str, Any]) -> str | None:
-    """What is wrong with parameters that are fine one by one, or None."""
+def check_together(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first thing wrong with parameters that are fine one by one, or None.
+
+    Returns:
+        The parameter at fault, and what is wrong with it. Only `CHECKED_TOGETHER` are looked at.
+    """
     target, label = values["target_class"], values["poison_label"]
-    if (target is None) != (label is None):
-        missing = "target_class" if target is None else "poison_label"
-        given = "poison_label" if target is None else "target_class"
-        return f"{given} is set but {missing} is not; a targeted attack needs both"
-    if target is not None and target == label:
-        return f"target_class and poison_label are both {target}; the attack would change nothing"
+    if label is None and target is not None:
+        return "target_class", f"target_class is {target} but poison_label is not set; a targeted attack needs both"
+    if target is None and label is not None:
+        return "poison_label", f"poison_label is {label} but target_class is not set; a targeted attack needs both"
+    if target is None:
+        return None
+    if target == label:
+        return "poison_label", f"poison_label and target_class are both {label}; the attack would change nothing"
     classes = _num_classes(values["dataset"])
-    if classes is not None and target is not None and max(target, label) >= classes:
-        name, found = ("target_class", target) if target >= classes else ("poison_label", label)
-        return f"{name} is {found}, but {values['dataset']} has the classes 0 to {classes - 1}"
+    for name, found in (("target_class", target), ("poison_label", label)):
+        if classes is not None and found >= classes:
+            return name, f"{name} is {found}, but {values['dataset']} has the classes 0 to {classes - 1}"
     return None
 
 
@@ -253,24 +250,13 @@ def from_config(config: Mapping[str, Any]) -> Experiment:
 
 def allowed(name: str) -> str:
     """What values parameter `name` takes, in words."""
-    if name == "dataset":
-        return ", ".join(DATASETS) + f", {PARQUET_PREFIX}PATH"
-    annotation, nullable = _plain_annotation(PARAMETERS[name])
-    if get_origin(annotation) is Literal:
-        words = ", ".join(get_args(annotation))
-    elif annotation is bool:
-        words = "true or false"
-    elif annotation is str:
-        words = "a string that is not empty" if name == "output_dir" else "a string"
-    else:
-        words = ("a whole number" if annotation is int else "a number") + _range_in_words(PARAMETERS[name])
-    return f"{words}, or null" if nullable else words
+    return refusals.allowed(name, PARAMETERS[name])
 
 
-def nearest(word: str, known: tuple[str, ...] | list[str]) -> str | None:
-    """The known word most like `word`, or None where none is close."""
-    matches = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
-    return matches[0] if matches else None
+def unit(name: str) -> str:
+    """The unit of parameter `name`; empty where it has none."""
+    extra = PARAMETERS[name].json_schema_extra
+    return str(extra["unit"]) if isinstance(extra, dict) else ""
 
 
 def _num_classes(dataset: str) -> int | None:
@@ -278,73 +264,3 @@ def _num_classes(dataset: str) -> int | None:
     if dataset.startswith(PARQUET_PREFIX):
         return None
     return 100 if dataset == "cifar100" else 10
-
-
-def _plain_annotation(field: FieldInfo) -> tuple[Any, bool]:
-    """The bare type of a field (int, float, str, bool or a Literal), and whether it takes null."""
-    annotation, nullable = field.annotation, False
-    if type(None) in get_args(annotation):
-        nullable = True
-        annotation = next(part for part in get_args(annotation) if part is not type(None))
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    return annotation, nullable
-
-
-def _range_in_words(field: FieldInfo) -> str:
-    bounds = {
-        key: value for bound in field.metadata for key in BOUNDS if (value := getattr(bound, key, None)) is not None
-    }
-    words = [f"{BOUNDS[key]} {_number(value)}" for key, value in bounds.items()]
-    if set(bounds) == {"ge"}:
-        words.append("up")
-    return "".join(f" {word}" for word in words)
-
-
-def _number(value: float) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _shown(value: object) -> str:
-    """A value as the user wrote it, cut at 80 characters."""
-    try:
-        text = json.dumps(value, default=str, ensure_ascii=False)
-    except ValueError:
-        text = str(value)
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
-def _refusal(name: str, value: object) -> str:
-    annotation, _ = _plain_annotation(PARAMETERS[name])
-    is_word = name == "dataset" or get_origin(annotation) is Literal
-    if is_word and isinstance(value, str):
-        known = DATASETS if name == "dataset" else get_args(annotation)
-        match = nearest(value, list(known))
-        hint = f'; did you mean "{match}"? (' if match else " (allowed: "
-        return f"{_shown(value)} is not {_article(name)}{hint}{allowed(name)})"
-    numeric = annotation in (int, float)
-    if numeric and isinstance(value, str) and _is_number(value):
-        return f"{_shown(value)} is a string; remove the quotes (allowed: {allowed(name)})"
-    if numeric and isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{_shown(value)} is not allowed; {name} is {allowed(name)}"
-    return f"{_shown(value)} is {_kind(value)}; {name} is {allowed(name)}"
-
-
-def _article(name: str) -> str:
-    words = name.replace("_", " ")
-    return f"{'an' if words[0] in 'aeio' else 'a'} {words}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _kind(value: object) -> str:
-    kinds: dict[type, str] = {bool: "true/false", str: "a string", dict: "a mapping", list: "a list"}
-    if value is None:
-        return "empty"
-    return next((word for kind, word in kinds.items() if isinstance(value, kind)), type(value).__name__)
