@@ -62,6 +62,8 @@ class TransitionRefused(FedsweepError):
 class DataError(FedsweepError):
     """A data set is missing or damaged. Name a folder with the official files by --data-dir or FEDSWEEP_DATA."""
 
+    exit_code = 2
+
 
 class PartitionError(FedsweepError):
     """The training set cannot be divided so. Raise alpha, or lower num_clients or min_client_size."""

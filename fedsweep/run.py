@@ -15,8 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedsweep.datasets import prepare
 from fedsweep.errors import FedsweepError, ManagerUnreachable, UsageError
 from fedsweep.launch.local import LocalSweep
+from fedsweep.manager.results import finished_signatures
 from fedsweep.manager.server import read_token
 from fedsweep.manager.sources import read_sources, split_arguments
 from fedsweep.plan.config import parse
@@ -55,8 +57,9 @@ def run_sweep(request: RunRequest) -> int:
     paths, overrides = split_arguments(request.arguments)
     grid = expand(parse(read_sources(paths), overrides), request.max_tasks)
     say = _no_words if request.quiet or request.as_json else Console().print
+    say(_headline(grid))
+    _fetch_data(grid, request.data_dir)
     num_workers, device = _workers_and_device(request, say)
-    say(_headline(grid, num_workers))
     started_at = time.monotonic()
     sweep = LocalSweep(
         manager_arguments=_manager_arguments(request),
@@ -95,9 +98,22 @@ def _workers_and_device(request: RunRequest, say: Any) -> tuple[int, str]:
     return request.num_workers or (len(gpus) if request.device == "auto" else 1), request.device
 
 
-def _headline(grid: Grid, num_workers: int) -> str:
-    dropped = f"; {grid.duplicates} of the {grid.total} asked for are duplicates" if grid.duplicates else ""
-    return f"{grid.unique} experiments{dropped}. Rows go to {', '.join(_output_dirs(grid))}."
+def _fetch_data(grid: Grid, data_dir: Path | None) -> None:
+    """Download the data sets of the experiments that are still to be run, once, before the workers all want them.
+
+    Raises:
+        DataError: a data set can be found nowhere.
+    """
+    finished = finished_signatures(grid)
+    for name in sorted({task.experiment.dataset for task in grid.tasks if task.signature not in finished}):
+        prepare(name, data_dir)
+
+
+def _headline(grid: Grid) -> str:
+    dropped = ""
+    if grid.duplicates:
+        dropped = f" ({grid.total} asked for, {grid.duplicates} of them duplicates, which run once)"
+    return f"{grid.unique} experiments{dropped}; rows go to {', '.join(_output_dirs(grid))}."
 
 
 def _output_dirs(grid: Grid) -> list[str]:

@@ -1,4 +1,4 @@
-"""The science of an experiment. Pure torch: no files, no sockets, no clock, no global random state."""
+"""The science of an experiment: pure torch, without files, sockets, clock or global random state."""
 
 from fedsweep.fl.aggregate import fed_avg, fed_median
 from fedsweep.fl.evaluate import evaluate_model

@@ -1,4 +1,9 @@
-"""From the clients' weights to the global model's."""
+"""From the clients' weights to the global model's.
+
+An aggregator takes the state dicts of K clients and their sample counts. It computes in float64 and gives every tensor
+back in its own type. Running statistics of batch norm follow the rule of the weights; whole-number tensors
+(`num_batches_tracked`) are counts, of which the maximum is taken.
+"""
 
 from __future__ import annotations
 
@@ -11,45 +16,50 @@ State = Mapping[str, Tensor]
 
 
 def fed_avg(states: Sequence[State], num_samples: Sequence[int]) -> dict[str, Tensor]:
-    """Mean weighted by sample counts: sum of n_k w_k / sum of n_k (McMahan et al. 2017, FedAvg).
-
-    Args:
-        states: the state dicts of K clients, all of the same shapes.
-        num_samples: n_k for each client.
-
-    Returns:
-        One state dict. Running statistics of batch norm follow the same rule; counters take their maximum.
-    """
-    shares = torch.tensor(num_samples, dtype=torch.float64) / sum(num_samples)
-    return _combined(states, lambda stacked: torch.tensordot(shares.to(stacked.device), stacked.double(), dims=1))
+    """The mean of the clients by their sample counts: sum of n_k w_k / sum of n_k (FedAvg; McMahan et al. 2017)."""
+    return _combined(states, lambda tensors: _mean(tensors, num_samples))
 
 
-def fed_avg_uniform(states: Sequence[State], num_samples: Sequence[int]) -> dict[str, Tensor]:
-    """Mean in which every client counts the same; arguments as `fed_avg`."""
-    return fed_avg(states, [1] * len(states))
+def fed_avg_uniform(states: Sequence[State], num_samples: Sequence[int] = ()) -> dict[str, Tensor]:
+    """The plain mean of the clients; `num_samples` does not matter."""
+    return _combined(states, lambda tensors: _mean(tensors, [1] * len(tensors)))
 
 
 def fed_median(states: Sequence[State], num_samples: Sequence[int] = ()) -> dict[str, Tensor]:
-    """Coordinate-wise median (Yin et al. 2018): for an even number of clients the mean of the two middle values.
+    """The coordinate-wise median (Yin et al. 2018): for an even number of clients the mean of the two middle values.
 
-    Arguments as `fed_avg`; sample counts do not matter. (`torch.median` takes the lower of the two.)
+    `num_samples` does not matter. (`torch.median` would take the lower of the two.)
     """
-    return _combined(states, _middle)
+    return _combined(states, _median)
 
 
-def _middle(stacked: Tensor) -> Tensor:
-    ordered = stacked.double().sort(dim=0).values
-    count = len(ordered)
-    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+def _mean(tensors: Sequence[Tensor], weights: Sequence[int]) -> Tensor:
+    # One client after another, so that the last bit of the sum depends on nothing but the order of the clients.
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.add_(tensor, alpha=weight)
+    return total.div_(sum(weights))
 
 
-def _combined(states: Sequence[State], rule: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Apply a rule over the clients' axis [K, …] of every tensor, in float64; counters take their maximum."""
-    result = {}
+def _median(tensors: Sequence[Tensor]) -> Tensor:
+    ordered = torch.stack(tuple(tensors)).sort(dim=0).values  # [K, …]
+    middle = len(tensors) // 2
+    if len(tensors) % 2 == 1:
+        return ordered[middle]
+    return ordered[middle - 1].double().add_(ordered[middle]).div_(2)
+
+
+def _combined(states: Sequence[State], rule: Callable[[Sequence[Tensor]], Tensor]) -> dict[str, Tensor]:
+    if not states:
+        raise ValueError("there are no clients to aggregate")
+    combined = {}
     for name, first in states[0].items():
-        stacked = torch.stack([state[name] for state in states])
-        result[name] = rule(stacked).to(first.dtype) if first.is_floating_point() else stacked.amax(dim=0)
-    return result
+        tensors = [state[name] for state in states]
+        if first.is_floating_point():
+            combined[name] = rule(tensors).to(first.dtype)
+        else:
+            combined[name] = torch.stack(tensors).amax(dim=0)
+    return combined
 
 
 AGGREGATORS: dict[str, Callable[[Sequence[State], Sequence[int]], dict[str, Tensor]]] = {
@@ -60,5 +70,5 @@ AGGREGATORS: dict[str, Callable[[Sequence[State], Sequence[int]], dict[str, Tens
 
 
 def is_finite(state: State) -> bool:
-    """Whether every weight is a finite number."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+    """Whether every number of a state dict is finite."""
+    return all(bool(tensor.isfinite().all()) for tensor in state.values())

@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images as bytes and their labels, on one device."""
+    """Square images as bytes and their labels, all on one device."""
 
     name: str
-    train_images: Tensor  # uint8 [N, C, H, W]
+    train_images: Tensor  # uint8 [N, C, S, S]
     train_labels: Tensor  # int64 [N], 0 … num_classes-1
-    test_images: Tensor  # uint8 [M, C, H, W]
+    test_images: Tensor  # uint8 [M, C, S, S]
     test_labels: Tensor  # int64 [M]
     num_classes: int
 
@@ -42,4 +42,4 @@ class ImageData:
 
 def normalised(images: Tensor) -> Tensor:
     """Bytes 0 … 255 as float32 from -1 to 1: (x / 255 - 0.5) / 0.5. Any shape."""
-    return images.to(torch.float32).div_(255).sub_(0.5).div_(0.5)
+    return images.to(torch.float32).div_(255).sub_(0.5).mul_(2)  # times 2 is exactly divided by 0.5, and faster

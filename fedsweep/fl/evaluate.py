@@ -9,61 +9,72 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsweep.fl.data import normalised
+from fedsweep.fl.poison import wanted_labels
+from fedsweep.fl.repeatable import repeatable
 from fedsweep.plan.experiment import Experiment
 
-BATCH = 1_000
+BATCH_SIZE = 500
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """A model on a set of M images."""
 
-    loss: float  # mean cross-entropy over the images, in nats
+    loss: float  # mean cross-entropy over the images, in nats; may be nan or inf
     accuracy: float  # share of the images predicted right
+    per_class_accuracy: tuple[float | None, ...]  # the same for the images of each class; None for a class without any
     predictions: Tensor  # int64 [M]
 
 
-@torch.no_grad()
-def evaluate_model(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = BATCH) -> Evaluation:
-    """Evaluate on images [M, C, S, S] (bytes) with labels [M]; the model is left in evaluation mode.
+@repeatable()
+@torch.inference_mode()
+def evaluate_model(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = BATCH_SIZE) -> Evaluation:
+    """Evaluate a model on images uint8 [M, C, S, S] with labels int64 [M]. The model is left in evaluation mode.
 
     Raises:
         ValueError: there are no images.
     """
-    if len(labels) == 0:
-        raise ValueError("there are no images to evaluate on")
+    if len(images) == 0:
+        raise ValueError("there are no images to evaluate the model on")
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=labels.device)
-    predictions = []
-    for part, truth in zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True):
-        logits = model(normalised(part))
-        loss += functional.cross_entropy(logits, truth, reduction="sum").double()
-        predictions.append(logits.argmax(dim=1))
-    predicted = torch.cat(predictions)
-    accuracy = (predicted == labels).sum().item() / len(labels)
-    return Evaluation(loss.item() / len(labels), accuracy, predicted)
+    logits = torch.cat([model(normalised(batch)) for batch in torch.split(images, batch_size)])  # [M, L]
+    losses = functional.cross_entropy(logits, labels, reduction="none")
+    predictions = logits.argmax(dim=1)
+    right = predictions == labels
+    return Evaluation(
+        loss=losses.double().mean().item(),
+        accuracy=int(right.sum()) / len(labels),
+        per_class_accuracy=_per_class(right, labels, logits.shape[1]),
+        predictions=predictions,
+    )
 
 
-def per_class_accuracy(predictions: Tensor, labels: Tensor, num_classes: int) -> tuple[float | None, ...]:
-    """For each class the share of its images predicted right; None for a class without images."""
-    right = torch.bincount(labels[predictions == labels], minlength=num_classes).tolist()
-    total = torch.bincount(labels, minlength=num_classes).tolist()
-    return tuple(r / t if t else None for r, t in zip(right, total, strict=True))
+def _per_class(right: Tensor, labels: Tensor, num_classes: int) -> tuple[float | None, ...]:
+    hits = torch.bincount(labels[right], minlength=num_classes).tolist()
+    sizes = torch.bincount(labels, minlength=num_classes).tolist()
+    return tuple(hit / size if size else None for hit, size in zip(hits, sizes, strict=True))
 
 
 def attack_success_rate(experiment: Experiment, predictions: Tensor, labels: Tensor, num_classes: int) -> float | None:
-    """Share of test images predicted as the label that a label flip wanted.
+    """The share of test images that are predicted as the label that a label flip wanted.
 
-    Images that bear the wanted label already are left out; with a target, only images of `target_class` count.
-    None where there is no such label (random noise, no attack) or no image.
+    Images that bear the wanted label already are left out; so with a target the images of `target_class` are left.
+
+    Args:
+        experiment: the attack.
+        predictions: [M], what the model says.
+        labels: [M], the truth.
+        num_classes: L.
+
+    Returns:
+        None where nothing was poisoned on purpose (ratio 0), where no label was wanted (random noise), and where no
+        image is left.
     """
-    if experiment.poison_type != "label_flip" or experiment.poison_ratio == 0:
+    if experiment.poison_ratio == 0 or experiment.poison_type != "label_flip":
         return None
-    wanted = labels.new_full(labels.shape, experiment.poison_label or 0)
-    counted = labels == (experiment.target_class or 0)
-    if not experiment.is_targeted:
-        wanted = num_classes - 1 - labels
-        counted = wanted.ne(labels)
+    truth = labels.cpu().numpy()
+    wanted = wanted_labels(experiment, truth, num_classes)
+    counted = wanted != truth
     if not counted.any():
         return None
-    return (predictions[counted] == wanted[counted]).double().mean().item()
+    return float((predictions.cpu().numpy() == wanted)[counted].mean())

@@ -1,283 +1,248 @@
-"""The reference engine: one experiment, one client, one `nn.Module` at a time. Slow and obvious.
-
-`prepare` draws everything that is fixed before training; `run` makes the rounds. It yields a report after every round
-and returns the outcome, so that its caller can log, send a heartbeat or stop in between.
-"""
+"""The reference engine: one experiment, one client, one `nn.Module` at a time. Slow and obvious."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.sgd import sgd
 
 from fedsweep.fl.aggregate import AGGREGATORS, is_finite
 from fedsweep.fl.data import ImageData, normalised
-from fedsweep.fl.evaluate import attack_success_rate, evaluate_model, per_class_accuracy
+from fedsweep.fl.evaluate import attack_success_rate, evaluate_model
+from fedsweep.fl.federation import Federation, epoch_orders, form_federation, participants
 from fedsweep.fl.models import build_model, count_parameters
-from fedsweep.fl.partition import partition, split_validation
-from fedsweep.fl.poison import Poisoning, poison
+from fedsweep.fl.repeatable import repeatable
 from fedsweep.fl.stopping import EarlyStopping
-from fedsweep.fl.streams import permutation, rounded, stream
 from fedsweep.plan.experiment import Experiment
 
-Indices = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is drawn once for an experiment, before any training. Positions count in the whole training set, [N]."""
-
-    validation: Indices  # positions of the validation samples, sorted
-    clients: tuple[Indices, ...]  # for each client the positions of its samples, sorted
-    poisoning: Poisoning
+Batch = tuple[Tensor, Tensor]  # images float32 [B, C, S, S], labels int64 [B]
 
 
 @dataclass(frozen=True)
 class RoundReport:
     """How a round ended."""
 
-    round: int  # from 1
-    val_loss: float  # of the global model; may be nan or inf
-    val_acc: float  # nan where there was no global model to evaluate
-    nonfinite_clients: int  # updates left out because a weight was not finite
+    round: int  # counted from 1
+    val_loss: float  # of the global model; may be nan or inf, and is nan where no client was left to make one
+    val_acc: float  # nan where no client was left
+    nonfinite_clients: int  # clients left out because a weight was not finite
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of an experiment: that of its round with the least validation loss. Diverged: metrics are None."""
+    """The result of an experiment, which is that of its round with the least validation loss.
+
+    An experiment diverged where in some round no client had finite weights, or where no round had a finite validation
+    loss. Everything that would be measured on the best round is then None.
+    """
 
     outcome: Literal["ok", "diverged"]
     test_acc: float | None
     test_loss: float | None
     val_acc: float | None
     val_loss: float | None
-    best_epoch: int | None  # the round that the result is of, from 1
+    best_epoch: int | None  # the number of the best round, from 1
     num_parameters: int
-    attack_success_rate: float | None
+    attack_success_rate: float | None  # `evaluate.attack_success_rate` says where there is none
     per_class_test_acc: tuple[float | None, ...] | None
-    poisoned_clients: int
+    poisoned_clients: int  # clients that hold at least one poisoned sample
     poisoned_samples: int
-    nonfinite_clients: int  # over all rounds
+    nonfinite_clients: int  # sum over the rounds
     rounds_run: int
     history: tuple[RoundReport, ...]
 
 
-class ClientDataloader:
-    """The batches that a client trains on in a round: (images float32 [B, C, S, S], labels int64 [B]).
+@dataclass(frozen=True)
+class ClientData:
+    """What a client trains on."""
 
-    Images lie in memory as bytes and are normalised as a batch is gathered. A batch of one sample is left out, because
-    batch norm has no variance there.
+    images: Tensor  # uint8 [n, C, S, S]
+    labels: Tensor  # int64 [n], as training sees them
+    poisoned: Tensor  # bool [n]
+
+
+@dataclass(frozen=True)
+class ClientDataloader:
+    """A client's batches, epoch after epoch. Images are normalised as a batch is gathered.
+
+    The last batch of an epoch may be smaller. A batch of one sample is left out: batch norm has no variance there.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, epochs: Sequence[Tensor], batch_size: int) -> None:
-        """Take whole tensors [N, …] and, for each local epoch, the order of the client's samples."""
-        self.images = images
-        self.labels = labels
-        self.epochs = epochs
-        self.batch_size = batch_size
+    images: Tensor  # uint8 [n, C, S, S]
+    labels: Tensor  # int64 [n]
+    epochs: Sequence[Tensor]  # for each local epoch the order of the samples, int64 [n]
+    batch_size: int
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         for order in self.epochs:
             for batch in torch.split(order, self.batch_size):
                 if len(batch) > 1:
-                    yield normalised(self.images[batch]), self.labels[batch]
+                    yield normalised(self.images.index_select(0, batch)), self.labels.index_select(0, batch)
 
 
 @dataclass(frozen=True)
 class ClientJob:
-    """One client's training in one round; complete in itself, so that another process can do it."""
+    """One client's training in one round, complete in itself, so that any process can do it."""
 
     experiment: Experiment
-    model: nn.Module  # the global model; not changed
+    model: nn.Module  # the global model; shared by the jobs of a round, so never changed
     loader: ClientDataloader
 
 
-def prepare(experiment: Experiment, data: ImageData) -> Prepared:
-    """Split off the validation set, divide the rest among the clients, and poison it.
-
-    Raises:
-        PartitionError: the samples cannot be divided so.
-        ValueError: the attack names a class that the data set does not have.
-    """
-    target = max(experiment.target_class or 0, experiment.poison_label or 0)
-    if target >= data.num_classes:
-        raise ValueError(
-            f"the attack names class {target}, but {data.name} has the classes 0 to {data.num_classes - 1}"
-        )
-    labels = data.train_labels.cpu().numpy()
-    split_seed = experiment.seed if experiment.split_seed is None else experiment.split_seed
-    training, validation = split_validation(len(labels), experiment.validation_split, split_seed)
-    if len(validation) == 0:
-        raise ValueError(
-            f"validation_split={experiment.validation_split} of {len(labels)} samples leaves none to validate on"
-        )
-    clients = tuple(training[own] for own in partition(experiment, labels[training]))
-    return Prepared(validation, clients, poison(experiment, labels, clients, data.num_classes))
+TrainClients = Callable[[Sequence[ClientJob]], Iterable[Mapping[str, Tensor]]]
 
 
-def participants(experiment: Experiment, round_number: int) -> Indices:
-    """The clients that train in a round, sorted."""
-    count = max(1, rounded(experiment.fraction_fit, experiment.num_clients))
-    order = permutation(stream(experiment.seed, "participation", round_number), experiment.num_clients)
-    return np.sort(order[:count])
-
-
-def epoch_orders(
-    experiment: Experiment, own: Indices, is_poisoned: NDArray[np.bool_], round_number: int, client: int
-) -> list[Indices]:
-    """For each local epoch the order in which a client sees its samples (positions in the whole training set).
-
-    The permutation does not depend on the attack. `good_bad` and `bad_good` part it into clean and poisoned samples and
-    keep its order within each.
-    """
-    generator = stream(experiment.seed, "order", round_number, client)
-    orders = [own[permutation(generator, len(own))] for _ in range(experiment.local_epochs)]
-    if experiment.data_ordering == "shuffle":
-        return orders
-    clean_first = experiment.data_ordering == "good_bad"
-    return [np.concatenate(_parted(order, is_poisoned, clean_first=clean_first)) for order in orders]
-
-
-def _parted(order: Indices, is_poisoned: NDArray[np.bool_], *, clean_first: bool) -> tuple[Indices, Indices]:
-    clean, poisoned = order[~is_poisoned[order]], order[is_poisoned[order]]
-    return (clean, poisoned) if clean_first else (poisoned, clean)
-
-
-def get_client_dataloader(
-    experiment: Experiment,
-    prepared: Prepared,
-    images: Tensor,
-    labels: Tensor,
-    round_number: int,
-    client: int,
-) -> ClientDataloader:
-    """The batches of a client in a round.
+def get_client_dataloader(experiment: Experiment, own: ClientData, round: int, client: int) -> ClientDataloader:
+    """The batches that a client trains on in a round: images float32 [B, C, S, S] from -1 to 1, labels int64 [B].
 
     Args:
-        experiment: ordering, batch size, local epochs and seed.
-        prepared: who holds what, and what is poisoned.
-        images: uint8 [N, C, S, S], the whole training set.
-        labels: int64 [N], the labels that training sees (`prepared.poisoning.labels`), on the device of the images.
-        round_number: from 1.
-        client: from 0.
+        experiment: batch size, local epochs, ordering and seed.
+        own: the client's data.
+        round: counted from 1.
+        client: counted from 0.
     """
-    own, is_poisoned = prepared.clients[client], prepared.poisoning.is_poisoned
-    orders = epoch_orders(experiment, own, is_poisoned, round_number, client)
-    epochs = [torch.from_numpy(order).to(images.device) for order in orders]
-    return ClientDataloader(images, labels, epochs, experiment.batch_size)
+    orders = epoch_orders(experiment, own.poisoned.cpu().numpy(), round, client)
+    epochs = [torch.from_numpy(order).to(own.labels.device) for order in orders]
+    return ClientDataloader(own.images, own.labels, epochs, experiment.batch_size)
 
 
-def train_client(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], experiment: Experiment) -> None:
-    """Train a client's model in place, with a fresh SGD optimiser, on every batch of the loader.
+@repeatable()
+def train_client(model: nn.Module, loader: Iterable[Batch], experiment: Experiment) -> None:
+    """Train a client's model in place on all batches of the loader, with a fresh SGD optimiser.
 
-    The loss is mean cross-entropy. Gradients of the whole model are clipped to the norm `max_grad_norm`.
+    The loss is the mean cross-entropy of a batch. With g its gradient over the whole model, scaled down to the norm
+    `max_grad_norm` where it is longer (None: never), a step is v = momentum * v + g + weight_decay * w and
+    w = w - lr * v, beginning with v = 0.
     """
     model.train()
-    parameters = list(model.parameters())
-    optimiser = torch.optim.SGD(
-        parameters,
+    weights = list(model.parameters())
+    velocities: list[Tensor | None] = [None] * len(weights)
+    for images, labels in loader:
+        for weight in weights:
+            weight.grad = None
+        functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
+        if experiment.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(weights, experiment.max_grad_norm)
+        _sgd_step(experiment, weights, velocities)
+
+
+@torch.no_grad()
+def _sgd_step(experiment: Experiment, weights: Sequence[Tensor], velocities: list[Tensor | None]) -> None:
+    # The function inside torch.optim.SGD. The class, when first used, loads the compiler: 1.5 s and 80 MB a process.
+    sgd(
+        list(weights),
+        [weight.grad for weight in weights if weight.grad is not None],
+        velocities,
+        fused=True,
+        has_sparse_grad=False,
         lr=experiment.lr,
         momentum=experiment.momentum,
         weight_decay=experiment.weight_decay,
-        foreach=True,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
     )
-    for images, labels in loader:
-        optimiser.zero_grad()
-        functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
-        if experiment.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, experiment.max_grad_norm, foreach=True)
-        optimiser.step()
 
 
-def train_one_client(job: ClientJob) -> dict[str, Tensor]:
-    """Train a copy of the global model on one client's batches; its weights."""
-    model = copy.deepcopy(job.model)
+def train_one_client(job: ClientJob, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Train one client from the global model; its weights.
+
+    Args:
+        job: the client's training.
+        model: a model of the same shape to train in, whatever its weights. None: a new one.
+    """
+    if model is None:
+        model = copy.deepcopy(job.model)
+    else:
+        model.load_state_dict(job.model.state_dict())
     train_client(model, job.loader, job.experiment)
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return _copy(model.state_dict())
 
 
-def _one_after_another(jobs: Iterable[ClientJob]) -> Iterable[Mapping[str, Tensor]]:
-    return map(train_one_client, jobs)
+def initial_model(experiment: Experiment, data: ImageData) -> nn.Module:
+    """The global model before the first round, on the CPU."""
+    return build_model(experiment, data.num_classes, data.in_channels, data.img_size)
 
 
 def run(
     experiment: Experiment,
     data: ImageData,
     device: str | torch.device = "cpu",
-    train_clients: Callable[[Iterable[ClientJob]], Iterable[Mapping[str, Tensor]]] = _one_after_another,
+    train_clients: TrainClients | None = None,
 ) -> Generator[RoundReport, None, Outcome]:
-    """Run an experiment: yields a report after every round and returns the outcome.
+    """Run an experiment. Yields a report after every round and returns the outcome.
 
     Args:
-        experiment: every parameter.
-        data: the data set; moved to the device if it lies elsewhere.
+        experiment: what to run.
+        data: moved to `device` if it is not there.
         device: where to train.
-        train_clients: maps the jobs of a round, in order, to the trained weights, in that order.
+        train_clients: does the jobs of a round, for instance by `train_one_client` in several processes, and gives the
+            weights of each, in the order of the jobs. None: one after another, in this process.
 
     Raises:
-        PartitionError: the samples cannot be divided as asked.
+        PartitionError: the samples cannot be divided as the experiment asks.
+        DataError: the experiment does not fit the data.
     """
     data = data.to(device)
-    prepared = prepare(experiment, data)
-    labels = torch.from_numpy(prepared.poisoning.labels).to(device)
-    validation = torch.from_numpy(prepared.validation).to(device)
+    federation = form_federation(experiment, data)
+    clients = _client_data(federation, data)
+    validation = torch.from_numpy(federation.validation).to(device)
     val_images, val_labels = data.train_images[validation], data.train_labels[validation]
     model = initial_model(experiment, data).to(device)
+    train = _one_after_another(copy.deepcopy(model)) if train_clients is None else train_clients
     stopping = EarlyStopping(experiment.early_stopping_patience, experiment.min_delta)
     history: list[RoundReport] = []
-    best_state: dict[str, Tensor] = {}
-    for round_number in range(1, experiment.global_rounds + 1):
-        chosen = participants(experiment, round_number)
-        loaders = [
-            get_client_dataloader(experiment, prepared, data.train_images, labels, round_number, int(client))
-            for client in chosen
+    for number in range(1, experiment.global_rounds + 1):
+        jobs = [
+            ClientJob(experiment, model, get_client_dataloader(experiment, clients[client], number, client))
+            for client in participants(experiment, number)
         ]
-        states = list(train_clients(ClientJob(experiment, model, loader) for loader in loaders))
-        sizes = [len(prepared.clients[client]) for client in chosen]
-        finite = [(state, size) for state, size in zip(states, sizes, strict=True) if is_finite(state)]
-        nonfinite = len(states) - len(finite)
+        finite = [(job, weights) for job, weights in zip(jobs, train(jobs), strict=True) if is_finite(weights)]
+        lost = len(jobs) - len(finite)
         if not finite:
-            history.append(RoundReport(round_number, math.nan, math.nan, nonfinite))
+            history.append(RoundReport(number, math.nan, math.nan, lost))
             yield history[-1]
-            return _diverged(model, prepared, history)
-        kept, kept_sizes = zip(*finite, strict=True)
-        model.load_state_dict(AGGREGATORS[experiment.aggregator](kept, kept_sizes))
-        evaluation = evaluate_model(model, val_images, val_labels)
-        history.append(RoundReport(round_number, evaluation.loss, evaluation.accuracy, nonfinite))
-        if stopping.update(round_number, evaluation.loss):
-            best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            return _diverged(model, federation, history)
+        weights = AGGREGATORS[experiment.aggregator](
+            [weights for _, weights in finite], [len(job.loader.labels) for job, _ in finite]
+        )
+        model.load_state_dict(weights)
+        validated = evaluate_model(model, val_images, val_labels)
+        history.append(RoundReport(number, validated.loss, validated.accuracy, lost))
+        stopping.update(number, validated.loss, weights)
         yield history[-1]
         if stopping.should_stop:
             break
     if stopping.best_round is None:
-        return _diverged(model, prepared, history)
-    model.load_state_dict(best_state)
-    return _tested(experiment, data, model, prepared, history, stopping.best_round)
+        return _diverged(model, federation, history)
+    model.load_state_dict(stopping.best_weights)
+    return _tested(experiment, model, data, federation, history, stopping.best_round)
 
 
-def initial_model(experiment: Experiment, data: ImageData) -> nn.Module:
-    """The global model before the first round, drawn from the stream `init`."""
-    generator = torch.Generator().manual_seed(int(stream(experiment.seed, "init").integers(2**63)))
-    return build_model(
-        experiment.model_type,
-        num_classes=data.num_classes,
-        width_factor=experiment.width_factor,
-        depth=experiment.depth,
-        in_channels=data.in_channels,
-        img_size=data.img_size,
-        generator=generator,
-    )
+def _client_data(federation: Federation, data: ImageData) -> list[ClientData]:
+    device = data.train_labels.device
+    labels = torch.from_numpy(federation.poisoning.labels).to(device)
+    poisoned = torch.from_numpy(federation.poisoning.poisoned).to(device)
+    positions = [torch.from_numpy(own).to(device) for own in federation.clients]
+    return [ClientData(data.train_images[own], labels[own], poisoned[own]) for own in positions]
 
 
-def _diverged(model: nn.Module, prepared: Prepared, history: Sequence[RoundReport]) -> Outcome:
+def _one_after_another(model: nn.Module) -> TrainClients:
+    return lambda jobs: [train_one_client(job, model) for job in jobs]
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _diverged(model: nn.Module, federation: Federation, history: Sequence[RoundReport]) -> Outcome:
     return Outcome(
         outcome="diverged",
         test_acc=None,
@@ -288,8 +253,8 @@ def _diverged(model: nn.Module, prepared: Prepared, history: Sequence[RoundRepor
         num_parameters=count_parameters(model),
         attack_success_rate=None,
         per_class_test_acc=None,
-        poisoned_clients=prepared.poisoning.poisoned_clients,
-        poisoned_samples=prepared.poisoning.poisoned_samples,
+        poisoned_clients=federation.poisoning.poisoned_clients,
+        poisoned_samples=federation.poisoning.poisoned_samples,
         nonfinite_clients=sum(report.nonfinite_clients for report in history),
         rounds_run=len(history),
         history=tuple(history),
@@ -298,28 +263,22 @@ def _diverged(model: nn.Module, prepared: Prepared, history: Sequence[RoundRepor
 
 def _tested(
     experiment: Experiment,
-    data: ImageData,
     model: nn.Module,
-    prepared: Prepared,
+    data: ImageData,
+    federation: Federation,
     history: Sequence[RoundReport],
     best_round: int,
 ) -> Outcome:
     """The outcome of the best round, whose weights the model has."""
     test = evaluate_model(model, data.test_images, data.test_labels)
-    best = history[best_round - 1]
-    return Outcome(
+    return replace(
+        _diverged(model, federation, history),
         outcome="ok",
         test_acc=test.accuracy,
         test_loss=test.loss,
-        val_acc=best.val_acc,
-        val_loss=best.val_loss,
+        val_acc=history[best_round - 1].val_acc,
+        val_loss=history[best_round - 1].val_loss,
         best_epoch=best_round,
-        num_parameters=count_parameters(model),
         attack_success_rate=attack_success_rate(experiment, test.predictions, data.test_labels, data.num_classes),
-        per_class_test_acc=per_class_accuracy(test.predictions, data.test_labels, data.num_classes),
-        poisoned_clients=prepared.poisoning.poisoned_clients,
-        poisoned_samples=prepared.poisoning.poisoned_samples,
-        nonfinite_clients=sum(report.nonfinite_clients for report in history),
-        rounds_run=len(history),
-        history=tuple(history),
+        per_class_test_acc=test.per_class_accuracy,
     )

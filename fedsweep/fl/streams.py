@@ -1,17 +1,23 @@
 """Counter-based random streams, keyed by (seed, purpose, round, client) and by nothing else.
 
-Attack, aggregator, ratio and place in a batch are not in the key, so experiments that differ in these alone make the
-same draws. The generator is Philox 4x64 (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, SC 2011): a
-function of a key and a counter, so streams need no order among them.
+Attack, ratio, aggregator, place in a batch and machine are not in the key, so experiments that differ in these alone
+make the same draws: they see the same images in the same batches, from the same initial weights. The generator is
+Philox 4x64 (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, SC 2011), a function of a key and a counter;
+drawing from one stream never moves another.
 """
 
 from __future__ import annotations
 
+from decimal import ROUND_FLOOR, Decimal
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
-# The number of a purpose is part of every row ever computed: never change one, only add.
-PURPOSES = {
+Purpose = Literal["split", "partition", "malicious", "poison", "init", "participation", "order"]
+
+# A purpose's number is part of every result ever computed: add to these, never change one.
+PURPOSES: dict[Purpose, int] = {
     "split": 1,
     "partition": 2,
     "malicious": 3,
@@ -20,37 +26,43 @@ PURPOSES = {
     "participation": 6,
     "order": 7,
 }
-_KEY = 0x6665647377656570  # "fedsweep" in ASCII: sets our streams apart from other uses of Philox with a small seed
+_KEY = 0x6665647377656570  # "fedsweep" in ASCII: keeps these streams apart from other uses of Philox with a small seed
 
 
-def stream(seed: int, purpose: str, round_number: int = 0, client: int = 0) -> np.random.Generator:
-    """The stream of draws for one purpose.
+def stream(seed: int, purpose: Purpose, round: int = 0, client: int | None = None) -> np.random.Generator:
+    """The stream of draws for one purpose, from its beginning.
 
     Args:
-        seed: 0 to 2**63 - 1.
+        seed: 0 to 2**64 - 1.
         purpose: a key of `PURPOSES`.
-        round_number: from 1; 0 where the draw belongs to no round.
-        client: from 0; for draws that belong to no client, 0.
-
-    Raises:
-        KeyError: unknown purpose.
+        round: counted from 1; 0 for what is drawn once for an experiment.
+        client: counted from 0; None for what is drawn for all clients together.
     """
-    # The lowest word of the counter runs; the other three name the stream, so no two streams meet.
-    counter = np.array([0, PURPOSES[purpose], round_number, client], dtype=np.uint64)
-    key = np.array([seed, _KEY], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(counter=counter, key=key))
+    # The lowest word of the counter runs while numbers are drawn; the others name the stream, so no two can meet.
+    counter = np.array([0, PURPOSES[purpose], round, 0 if client is None else client + 1], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(counter=counter, key=np.array([seed, _KEY], dtype=np.uint64)))
+
+
+def words(generator: np.random.Generator, size: int) -> NDArray[np.uint64]:
+    """The next `size` 64-bit words of a stream. NumPy keeps these the same for ever, unlike its distributions."""
+    return np.asarray(generator.bit_generator.random_raw(size), dtype=np.uint64)
 
 
 def permutation(generator: np.random.Generator, size: int) -> NDArray[np.int64]:
-    """A permutation of 0 … size-1, drawn from raw 64-bit words, which no version of NumPy changes."""
-    words = np.asarray(generator.bit_generator.random_raw(size), dtype=np.uint64)
-    return np.argsort(words, kind="stable")
+    """A permutation of 0 … size-1, every one as likely."""
+    return np.argsort(words(generator, size), kind="stable")
+
+
+def below(generator: np.random.Generator, bound: int, size: int) -> NDArray[np.int64]:
+    """`size` whole numbers from 0 to bound-1, each as likely (up to bound / 2**64)."""
+    return (words(generator, size) % np.uint64(bound)).astype(np.int64)
 
 
 def rounded(share: float, whole: int) -> int:
     """`share` of `whole` things, rounded to the nearest number, halves up.
 
-    A share is meant as the decimal that it is written as: 0.15 of 10 is 1.5, so 2, although the double nearest to 0.15
-    is a little below it. Errors of that size are far below 1e-9 of a thing.
+    The share is the decimal number that it is written as. 0.145 of 100 are 14.5 and so 15, although the double nearest
+    to 0.145 is a little below it and 0.145 * 100 gives 14.499999999999998.
     """
-    return int(np.floor(share * whole + 0.5 + 1e-9))
+    exact = Decimal(str(float(share))) * whole
+    return int((exact + Decimal("0.5")).to_integral_value(ROUND_FLOOR))

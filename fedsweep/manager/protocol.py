@@ -9,11 +9,24 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import AfterValidator, AllowInfNan, BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    AllowInfNan,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from fedsweep.errors import ProtocolError
 
@@ -25,12 +38,14 @@ LEGACY_ANSWER = 8192  # bytes that an old client reads of an answer
 LEGACY_ACK = 1024
 SHOWN = 80  # characters of a wrong value that a message repeats
 MAX_DIGITS = 400  # of one number
+MAX_ERROR = 8_000  # characters that are kept of what a failed task raised
 
 ERROR_CODES = {
     "not_an_object": "The bytes are not a JSON object.",
     "tls_on_plain_port": "A TLS handshake arrived, but this port speaks plain text.",
     "too_large": "The message has more than 1,048,576 bytes.",
     "too_deep": "The message nests more than 32 levels.",
+    "truncated": "The connection ended inside a message.",
     "bad_encoding": "The message is not UTF-8 without a byte-order mark.",
     "bad_json": "The message is not strict JSON: no NaN, no key twice, no number of more than 400 digits.",
     "timeout": "The request was not complete 10 seconds after its first byte.",
@@ -45,10 +60,13 @@ ERROR_CODES = {
     "internal": "The manager failed on this request; its log has the reason.",
 }
 
-FIRST_TLS_BYTE = 0x16
-_STRUCTURAL = re.compile(rb'["\\{}\[\]]')
-_IN_STRING = re.compile(rb'["\\]')
-_SPACE = b" \t\r\n"
+_TLS_HELLO = 0x16  # the first byte of a handshake
+_HTTP = re.compile(rb"[A-Z]{3,7} /|[A-Z]{3,7} http|PRI \*")
+_NOT_SPACE = re.compile(rb"[^ \t\r\n]")
+# Possessive (`*+`), so that a match never goes back over what it has read.
+_TO_BRACKET = re.compile(rb'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+([{}\[\]"]?)', re.DOTALL)
+_TO_QUOTE = re.compile(rb'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)
+_CLOSER = {b"{": b"}", b"[": b"]"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class FrameReader:
         self.max_depth = max_depth
         self.buffer = bytearray()
         self.position = 0  # up to here the buffer has been scanned
-        self.depth = 0
+        self.closers: list[bytes] = []  # the brackets that are still to come, innermost last
         self.in_string = False
 
     @property
@@ -75,22 +93,20 @@ class FrameReader:
         """Whether an object has begun and not ended."""
         return bool(self.buffer)
 
-    def feed(self, data: bytes) -> list[Frame]:
-        """Take in bytes; the objects that they complete.
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Take in bytes; the objects that they complete, one by one.
 
         Raises:
-            ProtocolError: what came is no JSON object, or exceeds a limit. The stream cannot be read on.
+            ProtocolError: from the iterator, after the objects before it: what came is no JSON object, or exceeds a
+                limit. The stream cannot be read on.
         """
         self.buffer += data
-        frames = []
-        while (frame := self._next()) is not None:
-            frames.append(frame)
-        return frames
+        return iter(self._next, None)
 
     def _next(self) -> Frame | None:
         if self.position == 0:
-            stripped = self.buffer.lstrip(_SPACE)
-            del self.buffer[: len(self.buffer) - len(stripped)]
+            first = _NOT_SPACE.search(self.buffer)
+            del self.buffer[: first.start() if first else None]
             if not self.buffer:
                 return None
             self._check_start()
@@ -106,37 +122,44 @@ class FrameReader:
         return Frame(raw, newline)
 
     def _check_start(self) -> None:
-        if self.buffer[0] == FIRST_TLS_BYTE:
+        start = bytes(self.buffer[:SHOWN])
+        if start[0] == _TLS_HELLO:
             raise ProtocolError("tls_on_plain_port", "this port speaks plain text; connect without TLS")
-        if self.buffer[:3] == b"\xef\xbb\xbf":
-            raise ProtocolError("bad_encoding", "the message begins with a byte-order mark; send UTF-8 without one")
-        if self.buffer[:1] != b"{":
-            start = shown(bytes(self.buffer[:SHOWN]).decode("latin-1"))
-            raise ProtocolError("not_an_object", f"expected a JSON object, which begins with {{; found {start}")
+        if start[0] in b"\xef\xfe\xff\x00":  # how UTF-8 with a byte-order mark, UTF-16 and UTF-32 may begin
+            raise ProtocolError("bad_encoding", "expected UTF-8 without a byte-order mark")
+        if start[0] != ord("{"):
+            what = "an HTTP request" if _HTTP.match(start) else shown(start.decode("latin-1"))
+            raise ProtocolError("not_an_object", f"expected a JSON object, which begins with {{; found {what}")
 
     def _scan(self) -> int | None:
         """Go on from where the last scan ended; the end of the object, or None where it is not complete."""
-        while True:
-            match = (_IN_STRING if self.in_string else _STRUCTURAL).search(self.buffer, self.position)
-            if match is None:
-                self.position = len(self.buffer)
-                return None
-            byte, self.position = match.group(), match.end()
-            if byte == b"\\":
-                if self.position == len(self.buffer):  # what it escapes has not arrived
-                    self.position -= 1
-                    return None
-                self.position += 1
-            elif byte == b'"':
-                self.in_string = not self.in_string
-            elif byte in b"{[":
-                self.depth += 1
-                if self.depth > self.max_depth:
+        if self.in_string and not self._leave_string():
+            return None
+        for match in _TO_BRACKET.finditer(self.buffer, self.position):
+            bracket = match[1]
+            if bracket in _CLOSER:
+                self.closers.append(_CLOSER[bracket])
+                if len(self.closers) > self.max_depth:
                     raise ProtocolError("too_deep", f"a message may nest at most {self.max_depth} levels")
-            else:
-                self.depth -= 1
-                if self.depth == 0:
-                    return self.position
+            elif bracket in (b"", b'"'):  # the end of what has arrived, or a string that has not arrived to its end
+                self.position = match.end()
+                self.in_string = bracket == b'"'
+                break
+            elif self.closers.pop() != bracket:
+                raise ProtocolError("bad_json", f"{bracket.decode()} closes what it did not open")
+            elif not self.closers:
+                self.position = match.end()
+                return self.position
+        if self.in_string:
+            self._leave_string()
+        return None
+
+    def _leave_string(self) -> bool:
+        """Move on to the end of the string, or of what has arrived of it; whether it has ended."""
+        if match := _TO_QUOTE.match(self.buffer, self.position):
+            self.position = match.end()
+            self.in_string = not match[1]
+        return not self.in_string
 
 
 def shown(value: object) -> str:
@@ -158,11 +181,14 @@ def decode(raw: bytes) -> dict[str, Any]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ProtocolError("bad_encoding", f"byte {error.start} is not UTF-8") from None
+    if text[:1] == "\ufeff" or "\0" in text:
+        raise ProtocolError("bad_encoding", "expected UTF-8 without a byte-order mark")
     try:
         message = json.loads(
             text, object_pairs_hook=_without_repeats, parse_constant=_no_constant, parse_int=_int, parse_float=_float
         )
-        json.dumps(message, ensure_ascii=False).encode("utf-8")
+        if "\\u" in text:  # half a pair can only be escaped: the bytes themselves are UTF-8
+            json.dumps(message, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ProtocolError("bad_encoding", "a string has half of a surrogate pair") from None
     except json.JSONDecodeError as error:
@@ -177,8 +203,7 @@ def decode(raw: bytes) -> dict[str, Any]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ProtocolError("bad_json", f"the key {shown(repeated)} stands twice")
     return result
 
@@ -207,16 +232,23 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 # ---- messages
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Finite = Annotated[float, AllowInfNan(False)]
+Finite = Annotated[float, Strict(), AllowInfNan(False)]
+Share = Annotated[Finite, Field(ge=0, le=1)]
+Spread = Annotated[Finite, Field(ge=0)]
 Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 Name = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 
 
 def _printable(text: str) -> str:
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
-        raise ValueError("has a control character")
+    if not text.isprintable():
+        raise ValueError("it has a character that cannot be printed")
     return text
+
+
+def _legible_end(text: str) -> str:
+    """The end of what was raised (which says most), as text that does nothing to a terminal."""
+    kept = text[-MAX_ERROR:]
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in kept)
 
 
 Id = Annotated[Name, AfterValidator(_printable)]
@@ -240,13 +272,13 @@ class ResultData(BaseModel):
 
     outcome: Literal["ok", "diverged"] = "ok"
     mean_test_acc: Share | None
-    std_test_acc: Finite | None = 0.0
+    std_test_acc: Spread | None = 0.0
     mean_test_loss: Finite | None = None
-    std_test_loss: Finite | None = 0.0
+    std_test_loss: Spread | None = 0.0
     mean_val_acc: Share | None = None
-    std_val_acc: Finite | None = 0.0
+    std_val_acc: Spread | None = 0.0
     mean_val_loss: Finite | None = None
-    std_val_loss: Finite | None = 0.0
+    std_val_loss: Spread | None = 0.0
     num_parameters: Count | None = None
     best_epoch: Count | None = None
     attack_success_rate: Share | None = None
@@ -254,14 +286,21 @@ class ResultData(BaseModel):
     poisoned_samples: Count | None = None
     nonfinite_clients: Count | None = None
     rounds_run: Count | None = None
-    wall_time_s: Annotated[Finite, Field(ge=0)] | None = None
-    device: Name | None = None
-    worker: Name | None = None
-    fedsweep_version: Name | None = None
-    torch_version: Name | None = None
-    finished_at: Name | None = None
+    wall_time_s: Spread | None = None
+    device: Id | None = None
+    worker: Id | None = None
+    fedsweep_version: Id | None = None
+    torch_version: Id | None = None
+    finished_at: Id | None = None
     history: tuple[RoundRecord, ...] = ()
     per_class_test_acc: tuple[Share | None, ...] | None = None
+
+    @field_validator("mean_test_acc")
+    @classmethod
+    def _is_there_unless_diverged(cls, accuracy: float | None, known: ValidationInfo) -> float | None:
+        if accuracy is None and known.data.get("outcome") == "ok":
+            raise ValueError('only a result with outcome "diverged" has none')
+        return accuracy
 
 
 PROVENANCE_FIELDS = ("wall_time_s", "device", "worker", "fedsweep_version", "torch_version", "finished_at")
@@ -302,7 +341,7 @@ class RequestTask(_Request):
 
     type: Literal["request_task"]
     worker_id: Id
-    gpu_id: StrictInt | None = None
+    gpu_id: Annotated[StrictInt, Field(ge=-1, lt=2**31)] | None = None
     worker_type: Literal["gpu", "cpu"] | None = None
     max_tasks: Annotated[StrictInt, Field(ge=1, le=4096)] = 1
     device: Id | None = None
@@ -333,7 +372,7 @@ class TaskFailed(_Request):
     type: Literal["task_failed"]
     task_id: Id
     worker_id: Id
-    error: Annotated[StrictStr, Field(max_length=65_536)]
+    error: Annotated[StrictStr, AfterValidator(_legible_end)]
     attempt: Count | None = None
 
 
@@ -404,13 +443,14 @@ def parse_request(message: Mapping[str, Any]) -> Request:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_context=False)[0]
-    path = ".".join(str(part) for part in problem["loc"])
+    path = shown(".".join(str(part) for part in problem["loc"]))[1:-1]  # a client may have made up the names
     if problem["type"] == "missing":
         return f"{path} is missing"
     if problem["type"] == "extra_forbidden":
         return f"{path} is not a field of this message"
-    found = '"(hidden)"' if path == "token" else shown(problem["input"])
-    return f"{path} is {found}; {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    found = "not shown" if path == "token" else shown(problem["input"])
+    return f"{path} is {found}; {reason[0].lower()}{reason[1:]}"
 
 
 def error_message(code: str, message: str) -> dict[str, str]:

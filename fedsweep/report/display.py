@@ -33,7 +33,9 @@ class Display(Protocol):
         """Show this state of the sweep."""
         ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End, leaving the last state on the screen."""
         ...
 
@@ -47,7 +49,9 @@ class _Silent:
     def update(self, status: Mapping[str, Any]) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
 
@@ -64,7 +68,9 @@ class _LivePanel(_Silent):
     def update(self, status: Mapping[str, Any]) -> None:
         self.live.update(panel(status))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.live.stop()
 
 
@@ -89,7 +95,9 @@ class _PlainLines(_Silent):
             print(self.pending, file=self.stream, flush=True)
             self.shown, self.next_at = counts, time.monotonic() + self.every_s
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.pending:
             self._show()
 
@@ -179,7 +187,9 @@ def _activity(worker: Mapping[str, Any]) -> tuple[Text, Text, Text]:
 
 def plain_line(status: Mapping[str, Any]) -> str:
     """One state of the sweep on one line."""
-    counts = f"{_finished(status)}/{status['total']} done · complete {status['complete']} · running {status['assigned']}"
+    counts = (
+        f"{_finished(status)}/{status['total']} done · complete {status['complete']} · running {status['assigned']}"
+    )
     return f"{counts} · pending {status['pending']} · failed {status['failed']}{_time_left(status, ' · time left ')}"
 
 

@@ -16,7 +16,7 @@ _HOMES = {
     "create_model": "runner",
     "train_client_worker": "runner",
     "run_single_experiment": "runner",
-    "run_task": "worker",
+    "run_task": "task",
     "worker_loop": "worker",
 }
 

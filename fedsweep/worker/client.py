@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import socket
@@ -14,15 +13,18 @@ from typing import Any, Literal, Self
 from pydantic import ValidationError
 
 from fedsweep.errors import ManagerUnreachable, ProtocolError
-from fedsweep.manager.protocol import FrameReader, TaskMessage, decode, encode
+from fedsweep.manager.protocol import MAX_ERROR, MAX_MESSAGE, FrameReader, TaskMessage, decode, encode
 
 log = logging.getLogger(__name__)
 
 RETRIES = 3
-FIRST_PAUSE_S = 0.1
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 5.0
 DEFAULT_RETRY_AFTER_S = 1.0
+LONGEST_RETRY_AFTER_S = 60.0
 # Errors that pass: the request was right, the manager could not serve it just then.
 PASSING = ("retry_later", "internal", "timeout", "too_many_connections")
+_CHUNK = 65_536
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,17 @@ class ManagerClient:
 
     Every request may be sent twice (a connection can break after the manager acted and before its answer came), which
     the protocol allows: a result that arrives twice counts once, and a task that was handed out unheard comes back
-    when its lease ends.
+    when its lease ends. Managers of old, which answer one request without a newline and close, are understood too.
+
+    Args:
+        host: where the manager listens.
+        port: likewise.
+        token: the manager's token; None for a manager of old.
+        timeout: seconds that one attempt at a request may take.
+        retries: attempts after the first.
+        sleep: waits that many seconds between attempts.
+        clock: seconds of a clock that never goes back.
+        jitter: draws from [0, 1), so that workers which lost the manager together do not return together.
     """
 
     def __init__(
@@ -51,6 +63,7 @@ class ManagerClient:
         *,
         retries: int = RETRIES,
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self.host = host
@@ -59,9 +72,9 @@ class ManagerClient:
         self.timeout = timeout
         self.retries = retries
         self.sleep = sleep
+        self.clock = clock
         self.jitter = jitter
         self.connection: socket.socket | None = None
-        self.frames = FrameReader()
 
     def __enter__(self) -> Self:
         return self
@@ -72,50 +85,80 @@ class ManagerClient:
     def close(self) -> None:
         """Close the connection; the next request opens another."""
         if self.connection is not None:
-            with contextlib.suppress(OSError):
-                self.connection.close()
+            self.connection.close()
         self.connection = None
-        self.frames = FrameReader()
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request.
 
         Raises:
-            ManagerUnreachable: no answer after the retries.
-            ProtocolError: the manager refused the request, or answered what is no message.
+            ManagerUnreachable: no manager answered, after the retries.
+            ProtocolError: the manager refused the request, or it is too large to be sent.
         """
         request = encode(message if self.token is None else {**message, "token": self.token})
-        for attempt in range(self.retries + 1):
-            if attempt:
-                self.sleep(FIRST_PAUSE_S * 2**attempt * (0.5 + self.jitter()))
-            try:
-                reply = self._exchange(request)
-                break
-            except OSError as error:
-                reason = error
-                self.close()
-            except ProtocolError:
-                self.close()
-                raise
-        else:
-            raise ManagerUnreachable(f"no manager answers at {self.host}:{self.port} ({reason})")
+        if len(request) > MAX_MESSAGE:
+            raise ProtocolError("too_large", f"a message has {len(request):,} bytes; at most {MAX_MESSAGE:,} are read")
+        reply = self._try(request)
         if reply.get("type") == "error":
             raise ProtocolError(str(reply.get("code")), str(reply.get("message")))
         return reply
 
+    def _try(self, request: bytes) -> dict[str, Any]:
+        for attempt in range(self.retries + 1):
+            if attempt:
+                self.sleep(min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S) * (0.5 + self.jitter()))
+            try:
+                return self._exchange(request)
+            except OSError as error:
+                reason = f"no manager answers at {self.host}:{self.port} ({error})"
+                self.close()
+            except ProtocolError as error:
+                # Whoever this is did not refuse the request: it did not understand it.
+                reason = f"what answers at {self.host}:{self.port} is no manager ({error})"
+                self.close()
+                break
+            except BaseException:  # a signal's, say: the answer that is still to come belongs to no later request
+                self.close()
+                raise
+        raise ManagerUnreachable(reason)
+
     def _exchange(self, request: bytes) -> dict[str, Any]:
-        if self.connection is None:
+        deadline = self.clock() + self.timeout
+        if self.connection is None or _has_ended(self.connection):
+            self.close()
             self.connection = socket.create_connection((self.host, self.port), timeout=self.timeout)
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connection.settimeout(self._until(deadline))
         self.connection.sendall(request)
+        frames = FrameReader()
         while True:
-            data = self.connection.recv(65_536)
+            self.connection.settimeout(self._until(deadline))
+            data = self.connection.recv(_CHUNK)
             if not data:
-                raise ConnectionResetError("the manager closed the connection")
-            if frames := self.frames.feed(data):
-                if not frames[0].newline:
+                raise ConnectionResetError("it closed the connection without an answer")
+            for frame in frames.feed(data):
+                reply = decode(frame.raw)
+                if not frame.newline:
                     self.close()  # an old manager: one request for a connection
-                return decode(frames[0].raw)
+                return reply
+
+    def _until(self, deadline: float) -> float:
+        left = deadline - self.clock()
+        if left <= 0:
+            raise TimeoutError(f"it gave no answer in {self.timeout:g} s")
+        return left
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Whether the manager closed a connection on which nobody waits (or said something on it, which is as bad)."""
+    connection.setblocking(False)  # MSG_DONTWAIT alone would not do: with a time-out, Python itself waits
+    try:
+        connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def request_task_from_manager(
@@ -134,7 +177,8 @@ def request_task_from_manager(
     message |= {name: value for name, value in (("gpu_id", gpu_id), ("device", device)) if value is not None}
     try:
         reply = client.ask(message)
-    except ManagerUnreachable:
+    except ManagerUnreachable as error:
+        log.warning("%s", error)
         return TaskReply("unreachable")
     except ProtocolError as error:
         if error.code not in PASSING:
@@ -151,7 +195,14 @@ def request_task_from_manager(
     # An old manager says no more than `no_task`, and means the end.
     if reply.get("done", True):
         return TaskReply("done")
-    return TaskReply("wait", retry_after=float(reply.get("retry_after", DEFAULT_RETRY_AFTER_S)))
+    return TaskReply("wait", retry_after=_pause(reply.get("retry_after")))
+
+
+def _pause(said: object) -> float:
+    """Seconds to wait, as the manager said them, within reason."""
+    if not isinstance(said, (int, float)) or said < 0:
+        return DEFAULT_RETRY_AFTER_S
+    return min(float(said), LONGEST_RETRY_AFTER_S)
 
 
 def submit_result_to_manager(
@@ -186,7 +237,7 @@ def notify_task_failed(
     """Give a task back because its code raised; whether the manager heard."""
     message = {"type": "task_failed", "task_id": task_id, "worker_id": worker_id}
     # What was raised may hold anything; half a surrogate pair could not be sent.
-    message["error"] = error[-8_000:].encode("utf-8", "replace").decode()
+    message["error"] = error[-MAX_ERROR:].encode("utf-8", "replace").decode()
     return _notify(client, message, attempt)
 
 

@@ -1,11 +1,15 @@
-"""One experiment from its configuration to its result."""
+"""One experiment from its configuration to its result, by the reference engine."""
 
 from __future__ import annotations
 
 import math
 import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,83 +23,77 @@ from torch import Tensor, nn
 from fedsweep import __version__
 from fedsweep.datasets import load_global_dataset
 from fedsweep.fl.data import ImageData
-from fedsweep.fl.reference import ClientJob, Outcome, RoundReport, initial_model, run, train_one_client
-from fedsweep.plan.experiment import Experiment, from_config
+from fedsweep.fl.reference import (
+    ClientDataloader,
+    ClientJob,
+    Outcome,
+    RoundReport,
+    TrainClients,
+    initial_model,
+    run,
+    train_client,
+)
+from fedsweep.plan.experiment import from_config
+from fedsweep.worker.device import device_name, prepare_torch
 
 
 @dataclass(frozen=True)
 class Progress:
     """How far an experiment is."""
 
-    round: int
-    rounds: int
-    val_loss: float | None
+    round: int  # the last one that has ended, from 1
+    rounds: int  # at most
+    val_loss: float | None  # after that round; None where not finite
     val_acc: float | None
 
 
-def prepare_torch() -> None:
-    """Settings under which rows repeat: one thread on the CPU, since the order of a sum depends on their number."""
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-
-
 def create_model(config: Mapping[str, Any], data: ImageData) -> nn.Module:
-    """The global model of an experiment before its first round, on the CPU."""
+    """The global model of an experiment before its first round, a CNN or (`model_type: lr`) an MLP, on the CPU."""
     return initial_model(from_config(config), data)
-
-
-def train_client_worker(job: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Train one client, in whatever process this runs.
-
-    Args:
-        job: `experiment`, `model` (the global one; not changed) and `loader` (the client's batches).
-
-    Returns:
-        The client's weights.
-    """
-    if multiprocessing.parent_process() is not None:
-        prepare_torch()
-    return train_one_client(ClientJob(**job))
 
 
 def run_single_experiment(
     config: Mapping[str, Any],
     seed: int,
-    *,
     data: ImageData | None = None,
-    data_dir: Path | None = None,
     device: str = "cpu",
+    *,
+    data_dir: str | Path | None = None,
     on_round: Callable[[Progress], None] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run an experiment.
 
     Args:
-        config: every parameter, flat.
+        config: every parameter, flat, with or without run options. On a CPU, `num_parallel_workers` above 1 trains the
+            clients of a round in that many processes; the result is the same bit for bit.
         seed: replaces `seed` in the config.
-        data: the data set, where it is loaded already.
-        data_dir: folder with the official files.
+        data: the data set; loaded by its name if not given.
         device: a torch device.
+        data_dir: folder with the official files.
         on_round: told after every round; what it raises ends the experiment.
 
     Returns:
-        The result as it is submitted (without the history), and the history: for each round its number, validation
-        loss and accuracy, and the clients left out.
+        The result as it is submitted, without the history: metrics that are not finite are None, as all are where the
+        experiment diverged. And the history: for each round `round`, `val_loss`, `val_acc`, `nonfinite_clients`.
+
+    Raises:
+        DataError: the data set is missing or damaged.
+        PartitionError: the samples cannot be divided so.
     """
+    prepare_torch()
     experiment = from_config({**config, "seed": seed})
-    started_at = time.monotonic()
     if data is None:
         data = load_global_dataset(experiment.dataset, data_dir)
-    with _client_trainer(int(config.get("num_parallel_workers", 1)), device) as train_clients:
-        rounds = run(experiment, data, device, **train_clients)
-        outcome = _drain(rounds, experiment, on_round)
-    return _result(outcome, device, time.monotonic() - started_at), [_record(report) for report in outcome.history]
+    started_at = time.monotonic()
+    num_processes = int(config.get("num_parallel_workers", 1)) if device == "cpu" else 1
+    with _client_trainer(num_processes, data) as train_clients:
+        outcome = _drain(run(experiment, data, device, train_clients), experiment.global_rounds, on_round)
+    result = _science(outcome) | _provenance(device, time.monotonic() - started_at)
+    return result, [_record(report) for report in outcome.history]
 
 
 def _drain(
-    rounds: Generator[RoundReport, None, Outcome], experiment: Experiment, on_round: Callable[[Progress], None] | None
+    rounds: Generator[RoundReport, None, Outcome], total: int, on_round: Callable[[Progress], None] | None
 ) -> Outcome:
     while True:
         try:
@@ -104,27 +102,12 @@ def _drain(
             outcome: Outcome = end.value
             return outcome
         if on_round is not None:
-            total = experiment.global_rounds
             on_round(Progress(report.round, total, _finite(report.val_loss), _finite(report.val_acc)))
 
 
-@contextmanager
-def _client_trainer(num_processes: int, device: str) -> Iterator[dict[str, Any]]:
-    """How the clients of a round are trained: one after another, or, on a CPU, in several processes."""
-    if num_processes <= 1 or device != "cpu":
-        yield {}
-        return
-    # Forking a process that has threads (heartbeats, torch) can dead-lock the child; spawning cannot.
-    with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-
-        def train(jobs: Iterable[ClientJob]) -> Iterable[Mapping[str, Tensor]]:
-            return pool.map(train_client_worker, [vars(job) for job in jobs])
-
-        yield {"train_clients": train}
-
-
-def _result(outcome: Outcome, device: str, seconds: float) -> dict[str, Any]:
+def _science(outcome: Outcome) -> dict[str, Any]:
     std = 0.0 if outcome.outcome == "ok" else None  # a row is one seed
+    per_class = outcome.per_class_test_acc
     return {
         "outcome": outcome.outcome,
         "mean_test_acc": _finite(outcome.test_acc),
@@ -142,7 +125,12 @@ def _result(outcome: Outcome, device: str, seconds: float) -> dict[str, Any]:
         "poisoned_samples": outcome.poisoned_samples,
         "nonfinite_clients": outcome.nonfinite_clients,
         "rounds_run": outcome.rounds_run,
-        "per_class_test_acc": None if outcome.per_class_test_acc is None else list(outcome.per_class_test_acc),
+        "per_class_test_acc": None if per_class is None else list(per_class),
+    }
+
+
+def _provenance(device: str, seconds: float) -> dict[str, Any]:
+    return {
         "wall_time_s": round(seconds, 3),
         "device": device_name(device),
         "fedsweep_version": __version__,
@@ -165,6 +153,79 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def device_name(device: str) -> str:
-    """What the row says about where it was computed."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+# ---- the clients of a round, side by side
+
+
+def train_client_worker(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one client. Jobs and results are plain values and numpy arrays, so that any process can do it.
+
+    Args:
+        job: `config` (every parameter), `num_classes`, `weights` (the global model's, by name), `images`
+            (uint8 [n, C, S, S]) and `labels` (int64 [n]) of the client, and `epochs`: for each local epoch the order
+            in which it sees them (int64 [n]).
+
+    Returns:
+        `weights`: the client's, by name.
+    """
+    images, labels = torch.from_numpy(job["images"]), torch.from_numpy(job["labels"])
+    own = ImageData("client", images, labels, images[:0], labels[:0], job["num_classes"])
+    experiment = from_config(job["config"])
+    model = create_model(job["config"], own)
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in job["weights"].items()})
+    epochs = [torch.from_numpy(order) for order in job["epochs"]]
+    train_client(model, ClientDataloader(images, labels, epochs, experiment.batch_size), experiment)
+    return {"weights": _arrays(model)}
+
+
+def _arrays(model: nn.Module) -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def _job(job: ClientJob, num_classes: int) -> dict[str, Any]:
+    """A client's training as plain values."""
+    return {
+        "config": job.experiment.model_dump(),
+        "num_classes": num_classes,
+        "weights": _arrays(job.model),
+        "images": job.loader.images.numpy(),
+        "labels": job.loader.labels.numpy(),
+        "epochs": [order.numpy() for order in job.loader.epochs],
+    }
+
+
+@contextmanager
+def _client_trainer(num_processes: int, data: ImageData) -> Iterator[TrainClients | None]:
+    """What trains the clients of a round side by side; None for one after another, in this process."""
+    if num_processes == 1:
+        yield None
+        return
+    others = set(multiprocessing.active_children())
+    # Forking a process that has threads (heartbeats, torch) can dead-lock the child; spawning cannot.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin_client_process) as pool:
+
+        def train(jobs: Sequence[ClientJob]) -> Iterable[Mapping[str, Tensor]]:
+            trained = pool.map(train_client_worker, [_job(job, data.num_classes) for job in jobs])
+            return [{name: torch.from_numpy(array) for name, array in each["weights"].items()} for each in trained]
+
+        try:
+            yield train
+        except BaseException:
+            # Leaving the pool waits for the clients in training, which may take longer than a worker has to stop.
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            raise
+
+
+def _begin_client_process() -> None:
+    prepare_torch()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the worker sees to its processes
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process of a pool waits for jobs for ever, also when the worker was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

@@ -6,21 +6,33 @@ there: it is written under another name, synced, and renamed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
 import stat
+import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedsweep.errors import ProtocolError
+from fedsweep.manager.protocol import decode
+
 log = logging.getLogger(__name__)
 
 SUFFIX = ".result.json"
+UNFINISHED = ".part"
 ASIDE = ".unreadable"
 MAX_BYTES = 2 * 1024 * 1024
+LEFT_BEHIND_S = 3600.0  # writing takes less; an older unfinished file belongs to a process that was killed
+
+# What the file itself is to blame for. Other errors (too many open files, a disk that hangs) may pass.
+_FOR_GOOD = (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
 
 
 @dataclass(frozen=True)
@@ -34,31 +46,51 @@ class Undelivered:
 
 
 def put(folder: Path, task_id: str, attempt: int | None, result_data: Mapping[str, Any]) -> Undelivered:
-    """Keep a result until it is delivered; it survives a crash from the moment that this returns."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(task_id.encode()).hexdigest()[:16]
-    path = folder / f"{name}-{attempt or 0}{SUFFIX}"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Keep a result until it is delivered; it survives a crash from the moment that this returns.
+
+    Raises:
+        ValueError: the result has a number that is not finite.
+        OSError: it cannot be written; nothing is left of it.
+    """
     content = {"task_id": task_id, "attempt": attempt, "result_data": dict(result_data)}
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, allow_nan=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    raw = json.dumps(content, allow_nan=False).encode()
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _sync_folder(folder.parent)
+    name = hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    path = folder / f"{name}-{attempt or 0}{SUFFIX}"
+    descriptor, temporary = tempfile.mkstemp(prefix=f"{name}-", suffix=UNFINISHED, dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(raw)
+            stream.flush()
+            os.fsync(descriptor)
+        if path.is_dir() and not path.is_symlink():
+            set_aside(path, IsADirectoryError("it is a folder"))
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
     _sync_folder(folder)
     return Undelivered(path, task_id, attempt, dict(result_data))
 
 
 def pending(folder: Path) -> list[Undelivered]:
     """Every result that waits, oldest first. What cannot be read is set aside with a line in the log."""
+    _clear_left_behind(folder)
     found = []
-    for path in sorted(folder.glob(f"*{SUFFIX}"), key=_age):
+    for path in sorted(folder.glob(f"*{SUFFIX}"), key=_written_at):
         try:
             found.append(_read(path))
         except FileNotFoundError:
             continue  # another worker of this host has delivered it
-        except (OSError, ValueError) as error:
+        except (ProtocolError, ValueError) as error:
             set_aside(path, error)
+        except OSError as error:
+            if error.errno in _FOR_GOOD:
+                set_aside(path, error)
+            else:
+                log.warning("%s cannot be read now: %s", path, error)
     return found
 
 
@@ -70,13 +102,16 @@ def remove(undelivered: Undelivered) -> None:
 def _read(path: Path) -> Undelivered:
     # Not following links and not waiting for the other end of a FIFO: only a plain file can be a result.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise ValueError("it is not a plain file")
         if facts.st_size > MAX_BYTES:
             raise ValueError(f"it has {facts.st_size:,} bytes; a result has at most {MAX_BYTES:,}")
-        content = json.loads(stream.read())
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
+            content = decode(stream.read())
+    finally:
+        os.close(descriptor)
     match content:
         case {"task_id": str(task_id), "attempt": int() | None as attempt, "result_data": dict(result_data)}:
             return Undelivered(path, task_id, attempt, result_data)
@@ -86,17 +121,31 @@ def _read(path: Path) -> Undelivered:
 def set_aside(path: Path, error: Exception) -> None:
     """Keep a file under another name, so that it is not tried again."""
     log.warning("%s cannot be delivered and is set aside: %s", path, error)
+    names = (path.with_name(f"{path.name}.{number}{ASIDE}") for number in itertools.count(1))
     try:
-        os.replace(path, path.with_name(path.name + ASIDE))
+        os.rename(path, next(name for name in names if not os.path.lexists(name)))
+    except FileNotFoundError:
+        pass  # another worker of this host has done it
     except OSError as failure:
         log.warning("%s cannot be set aside: %s", path, failure)
 
 
-def _age(path: Path) -> float:
+def _clear_left_behind(folder: Path) -> None:
+    """Delete what writers that were killed have left unfinished; it was never promised to anyone."""
+    for path in folder.glob(f"*{UNFINISHED}"):
+        if time.time() - _written_at(path) > LEFT_BEHIND_S:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s cannot be deleted: %s", path, error)
+
+
+def _written_at(path: Path) -> float:
+    """When the file was written last, in seconds of the epoch; never long ago where that cannot be told."""
     try:
         return path.lstat().st_mtime
     except OSError:
-        return 0.0
+        return time.time()
 
 
 def _sync_folder(folder: Path) -> None:

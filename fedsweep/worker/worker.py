@@ -1,359 +1,226 @@
-"""The worker: ask for a task, run it, keep its result until the manager has it, ask again."""
+"""The worker: deliver what waits, ask for a task, run it, ask again."""
 
 from __future__ import annotations
 
 import logging
 import os
+import random
 import secrets
-import signal
 import socket
-import threading
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-from fedsweep.errors import FedsweepError, ManagerUnreachable, Preempted, ProtocolError, UsageError
-from fedsweep.manager.protocol import TaskMessage
+from fedsweep.errors import Preempted, ProtocolError, UsageError
 from fedsweep.worker import spool
 from fedsweep.worker.client import (
     ManagerClient,
     TaskReply,
-    notify_task_failed,
     release_task,
     request_task_from_manager,
     submit_result_to_manager,
 )
-from fedsweep.worker.gpu import GpuUnavailable, claim_gpu, get_available_gpu, list_gpus
-from fedsweep.worker.runner import Progress, device_name, prepare_torch, run_single_experiment
+from fedsweep.worker.device import Device, claim_device, device_name, prepare_torch
+from fedsweep.worker.gpu import LOCK_DIR
+from fedsweep.worker.stopping import StopSignals
+from fedsweep.worker.task import RELEASE_TIMEOUT_S, run_task
 
 log = logging.getLogger(__name__)
 
-FIRST_AWAY_PAUSE_S = 1.0
-LONGEST_AWAY_PAUSE_S = 30.0
-RELEASE_GRACE_S = 4.0
-ERROR_LINES = 30
-
-
-class Dropped(FedsweepError):
-    """The manager no longer wants the task from this worker."""
-
-
-@dataclass
-class Worker:
-    """What one worker is, and what it is doing at this moment."""
-
-    worker_id: str
-    host: str
-    port: int
-    token: str | None
-    device: str  # a torch device
-    gpu_id: int | None
-    state_dir: Path
-    data_dir: Path | None
-    stopping: threading.Event = field(default_factory=threading.Event)
-    task: TaskMessage | None = None
-    progress: Progress | None = None
-    dropped: bool = False
-    is_masked: bool = False  # a stop signal waits
-
-    def client(self, timeout: float = 30.0, retries: int = 3) -> ManagerClient:
-        """A connection to the manager."""
-        return ManagerClient(self.host, self.port, self.token, timeout, retries=retries)
-
-    @property
-    def spool_dir(self) -> Path:
-        """Where results wait that the manager does not have yet."""
-        return self.state_dir / "spool"
+FIRST_PAUSE_S = 0.5  # while the manager is away
+LONGEST_PAUSE_S = 10.0
+LONGEST_WAIT_S = 60.0  # that a manager can ask us to wait
+PATIENCE_S = 3600.0  # for a manager that has never answered
 
 
 def worker_loop(
     manager: str = "127.0.0.1:5000",
     device: str = "auto",
-    token_file: Path | None = None,
-    state_dir: Path = Path(".fedsweep"),
-    data_dir: Path | None = None,
+    token_file: str | Path | None = None,
+    state_dir: str | Path = ".fedsweep",
+    data_dir: str | Path | None = None,
     worker_id: str | None = None,
+    *,
+    lock_dir: str | Path = LOCK_DIR,
+    patience_s: float = PATIENCE_S,
 ) -> int:
-    """Run tasks until the manager says that all is done, or until SIGTERM; the exit status, 0.
+    """Run tasks until the manager says that all is done, or until SIGTERM or SIGINT.
 
-    A manager that does not answer is not a manager that has nothing to do: the worker tries again until it answers,
+    A manager that does not answer is not one that has nothing to do: the worker tries again for as long as it takes,
     and takes no new task meanwhile. What it has computed waits in the spool.
 
+    Args:
+        manager: HOST:PORT.
+        device: `auto`, `cpu` or `cuda:N`.
+        token_file: file with the manager's token; `token` in `state_dir` if not given.
+        state_dir: where undelivered results wait, in `spool`.
+        data_dir: folder with the official data files.
+        worker_id: what the manager calls this worker; made of host, PID and chance if not given.
+        lock_dir: where the GPU locks are.
+        patience_s: how long to try a manager that has never answered.
+
+    Returns:
+        The exit status: 0 at the end of the sweep or when asked to stop, 1 if no manager ever answered.
+
     Raises:
         GpuUnavailable: the GPU that was asked for cannot be had.
-        ProtocolError: the manager does not accept the token.
+        UsageError: an argument is wrong, or the manager does not accept the token.
     """
-    worker = _make_worker(manager, device, token_file, state_dir, data_dir, worker_id)
-    log.info("worker %s on %s asks %s:%d", worker.worker_id, worker.device, worker.host, worker.port)
+    host, port = _address(manager)
+    claimed = claim_device(device, lock_dir)
     prepare_torch()
-    with _stop_signals(worker), worker.client() as client:
-        try:
-            _work(worker, client)
-        except Preempted:
-            log.info("asked to stop")
-    return 0
-
-
-def _make_worker(
-    manager: str,
-    device: str,
-    token_file: Path | None,
-    state_dir: Path,
-    data_dir: Path | None,
-    worker_id: str | None,
-) -> Worker:
-    host, _, port = manager.rpartition(":")
-    if not host or not port.isdigit():
-        raise UsageError(f"--manager {manager}: expected HOST:PORT, as in 127.0.0.1:5000")
-    torch_device, gpu_id = claim_device(device)
-    return Worker(
+    loop = _Loop(
         worker_id=worker_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
-        host=host,
-        port=int(port),
-        token=_read_token(token_file or state_dir / "token"),
-        device=torch_device,
-        gpu_id=gpu_id,
-        state_dir=state_dir,
+        device=claimed,
+        client=ManagerClient(host, port, None),
+        token_file=Path(token_file or Path(state_dir) / "token"),
+        spool_dir=Path(state_dir) / "spool",
         data_dir=data_dir,
+        give_up_at=time.monotonic() + patience_s,
     )
-
-
-def _read_token(path: Path) -> str:
+    log.info("worker %s on %s asks %s", loop.worker_id, device_name(claimed.torch_name), manager)
     try:
-        token = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        token = ""
-    if not token:
-        raise UsageError(f"no token in {path}; copy it from the manager's state directory and name it by --token-file")
-    return token
+        with loop.stop, loop.client:
+            return loop.run()
+    except Preempted:
+        log.info("stopped as asked")
+        return 0
+    finally:
+        claimed.release()
 
 
-def claim_device(device: str) -> tuple[str, int | None]:
-    """Claim what `--device` asks for: the torch device, and the NVML index of the GPU (None on a CPU).
+def _address(manager: str) -> tuple[str, int]:
+    host, _, port = manager.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"--manager {manager}: expected HOST:PORT, as in 127.0.0.1:5000")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+@dataclass
+class _Loop:
+    """What a worker is, and what it knows of its manager."""
+
+    worker_id: str
+    device: Device
+    client: ManagerClient
+    token_file: Path
+    spool_dir: Path
+    data_dir: str | Path | None
+    give_up_at: float  # monotonic, while no manager has ever answered
+    stop: StopSignals = field(default_factory=StopSignals)
+    has_answered: bool = False
+    is_spool_due: bool = True  # whether to look for results that wait before asking
+    pause_s: float = FIRST_PAUSE_S
+
+    def run(self) -> int:
+        """Ask and do until the end; the exit status."""
+        while True:
+            reply = self._ask()
+            if reply.kind == "unreachable":
+                if not self.has_answered and time.monotonic() >= self.give_up_at:
+                    log.error("no manager has ever answered at %s:%d; giving up", self.client.host, self.client.port)
+                    return 1
+                self._pause()
+                continue
+            self.has_answered, self.pause_s = True, FIRST_PAUSE_S
+            if reply.task is not None:
+                self.is_spool_due = not run_task(
+                    reply.task,
+                    self.client,
+                    worker_id=self.worker_id,
+                    spool_dir=self.spool_dir,
+                    device=self.device,
+                    data_dir=self.data_dir,
+                    stop=self.stop,
+                )
+            elif reply.kind == "wait":
+                # What a worker of this host left when it was killed is delivered before it is computed again.
+                self.is_spool_due = True
+                self.stop.sleep(min(max(reply.retry_after, 0.0), LONGEST_WAIT_S))
+            else:
+                log.info("all experiments are done")
+                return 0
+
+    def _pause(self) -> None:
+        """Wait for a manager that is away, longer each time."""
+        if self.pause_s == FIRST_PAUSE_S:
+            log.warning("no manager answers at %s:%d; trying again until one does", self.client.host, self.client.port)
+        self.is_spool_due = True
+        self.stop.sleep(self.pause_s * (0.5 + random.random()))
+        self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)
+
+    def _ask(self) -> TaskReply:
+        """Ask for a task, once everything is delivered that waits. A stop signal takes effect before and after."""
+        self.stop.check()
+        if self.client.token is None:
+            self.client.token = self._read_token()
+        try:
+            reply = self._deliver_and_request()
+        except ProtocolError as error:
+            if error.code != "unauthorized":
+                raise
+            self._renew_token(error)
+            return self._ask()
+        if self.stop.requested and reply.task is not None:
+            self.stop.settle()
+            with ManagerClient(
+                self.client.host, self.client.port, self.client.token, timeout=RELEASE_TIMEOUT_S, retries=0
+            ) as last_words:
+                release_task(last_words, reply.task.task_id, self.worker_id, reply.task.attempt)
+        self.stop.check()
+        return reply
+
+    def _deliver_and_request(self) -> TaskReply:
+        if self.is_spool_due and not deliver_spool(self.spool_dir, self.client, self.worker_id):
+            return TaskReply("unreachable")
+        self.is_spool_due = False
+        name = device_name(self.device.torch_name)
+        return request_task_from_manager(self.client, self.worker_id, self.device.gpu_id, self.device.kind, name)
+
+    def _read_token(self) -> str | None:
+        """The token; None where there is none, as before the first start of a manager, or for a manager of old."""
+        try:
+            return self.token_file.read_text(encoding="utf-8").strip() or None
+        except (OSError, UnicodeDecodeError) as error:
+            log.debug("no token: %s", error)
+            return None
+
+    def _renew_token(self, refusal: ProtocolError) -> None:
+        """Read the token again: a manager that was set up anew has written another.
+
+        Raises:
+            UsageError: there is none, or it is the one that was refused.
+        """
+        token = self._read_token()
+        if token == self.client.token:
+            found = f"there is none in {self.token_file}" if token is None else f"not that in {self.token_file}"
+            raise UsageError(
+                f"the manager at {self.client.host}:{self.client.port} asks for its token, and {found} ({refusal}); "
+                "copy it from the manager's state directory and name it by --token-file"
+            )
+        self.client.token = token
+
+
+def deliver_spool(spool_dir: Path, client: ManagerClient, worker_id: str) -> bool:
+    """Deliver what lies in the spool, of this worker or of another; False where the manager is away.
+
+    A result that the manager refuses for good is set aside in the spool with a line in the log.
 
     Raises:
-        GpuUnavailable: the GPU that was asked for cannot be had.
+        ProtocolError: the manager does not accept our token.
     """
-    if device == "cpu":
-        return "cpu", None
-    if device == "auto":
-        gpu_id = get_available_gpu()
-        if gpu_id is None:
-            log.info("no free GPU found: training on the CPU")
-            return "cpu", None
-    elif device.startswith("cuda:") and device.removeprefix("cuda:").isdigit():
-        gpu_id = int(device.removeprefix("cuda:"))
-        if gpu_id not in [gpu.index for gpu in list_gpus()] or not claim_gpu(gpu_id):
-            raise GpuUnavailable(f"--device {device}: that GPU is not there, or another worker holds it")
-    else:
-        raise UsageError(f"--device {device}: expected auto, cpu or cuda:N")
-    # CUDA is initialised at its first use, after this; the claimed GPU is then the only one and so number 0.
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu_id)
-    return "cuda:0", gpu_id
-
-
-@contextmanager
-def _stop_signals(worker: Worker) -> Iterator[None]:
-    """The first SIGTERM or SIGINT ends the worker in order; a second ends it at once.
-
-    The handler raises in the main thread wherever it is, but for masked parts, so that also a long round is left
-    within the grace.
-    """
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        if worker.stopping.is_set():
-            os._exit(1)
-        worker.stopping.set()
-        if not worker.is_masked:
-            raise Preempted
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {kind: signal.signal(kind, stop) for kind in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-@contextmanager
-def _masked(worker: Worker) -> Iterator[None]:
-    """A part that a stop signal does not interrupt; the signal takes effect at its end."""
-    worker.is_masked = True
-    try:
-        yield
-    finally:
-        worker.is_masked = False
-    if worker.stopping.is_set():
-        raise Preempted
-
-
-def _work(worker: Worker, client: ManagerClient) -> None:
-    """Deliver what waits, ask, run; until all is done."""
-    away_pause = FIRST_AWAY_PAUSE_S
-    while True:
-        reply = _ask(worker, client)
-        if reply.kind == "unreachable":
-            log.warning("the manager at %s:%d does not answer; trying again", worker.host, worker.port)
-            worker.stopping.wait(away_pause)
-            away_pause = min(2 * away_pause, LONGEST_AWAY_PAUSE_S)
-            continue
-        away_pause = FIRST_AWAY_PAUSE_S
-        if reply.task is not None:
-            run_task(worker, reply.task, client)
-        elif reply.kind == "wait":
-            worker.stopping.wait(reply.retry_after)
-        else:
-            log.info("all experiments are done")
-            return
-
-
-def _ask(worker: Worker, client: ManagerClient) -> TaskReply:
-    """Ask for a task, once everything is delivered that waits."""
-    if not deliver_spool(worker, client):
-        return TaskReply("unreachable")
-    kind = "cpu" if worker.gpu_id is None else "gpu"
-    return request_task_from_manager(client, worker.worker_id, worker.gpu_id, kind, device_name(worker.device))
-
-
-def deliver_spool(worker: Worker, client: ManagerClient) -> bool:
-    """Deliver what lies in the spool; False where the manager is away."""
-    for waiting in spool.pending(worker.spool_dir):
+    for waiting in spool.pending(spool_dir):
         try:
             delivered = submit_result_to_manager(
-                client, waiting.task_id, worker.worker_id, waiting.result_data, waiting.attempt
+                client, waiting.task_id, worker_id, waiting.result_data, waiting.attempt
             )
         except ProtocolError as error:
             if error.code == "unauthorized":
                 raise
-            # It stays on disk under another name: a manager with another ledger may have been asked.
             spool.set_aside(waiting.path, error)
             continue
         if not delivered:
             return False
         spool.remove(waiting)
+        log.info("%s: the result that waited is delivered", waiting.task_id)
     return True
-
-
-def run_task(worker: Worker, task: TaskMessage, client: ManagerClient) -> bool:
-    """Run a task and deliver its result; whether it has a result.
-
-    What the experiment's code raises is reported as its failure. When the worker is asked to stop, the task is given
-    back without blame.
-
-    Raises:
-        Preempted: the worker was asked to stop.
-    """
-    worker.task, worker.progress, worker.dropped = task, None, False
-    try:
-        with _task_log(task) as task_log, _heartbeats(worker, task):
-            task_log.info("start %s attempt %s on %s: %s", task.task_id, task.attempt, worker.device, task.config)
-            try:
-                result = _run(worker, task, task_log)
-            except Preempted:
-                task_log.info("left: the worker was asked to stop")
-                raise
-            except Dropped as error:
-                task_log.info("left: %s", error)
-                return False
-            except Exception as error:
-                return _report_failure(worker, task, client, error, task_log)
-            task_log.info("result: %s, test accuracy %s", result["outcome"], result["mean_test_acc"])
-    except Preempted:
-        log.info("%s is given back", task.task_id)
-        with worker.client(timeout=RELEASE_GRACE_S, retries=0) as last_words:
-            release_task(last_words, task.task_id, worker.worker_id, task.attempt)
-        raise
-    finally:
-        worker.task = None
-    with _masked(worker):
-        spool.put(worker.spool_dir, task.task_id, task.attempt, result)
-    deliver_spool(worker, client)
-    return True
-
-
-def _run(worker: Worker, task: TaskMessage, task_log: logging.Logger) -> dict[str, Any]:
-    def on_round(progress: Progress) -> None:
-        worker.progress = progress
-        task_log.info(
-            "round %d/%d: validation loss %s, accuracy %s",
-            progress.round,
-            progress.rounds,
-            progress.val_loss,
-            progress.val_acc,
-        )
-        if worker.dropped:
-            raise Dropped
-
-    result, history = run_single_experiment(
-        task.config, task.seed, data_dir=worker.data_dir, device=worker.device, on_round=on_round
-    )
-    return {**result, "worker": worker.worker_id, "history": history}
-
-
-def _report_failure(
-    worker: Worker, task: TaskMessage, client: ManagerClient, error: Exception, task_log: logging.Logger
-) -> bool:
-    task_log.exception("failed")
-    tail = traceback.format_exception(error)
-    reason = str(error) if isinstance(error, FedsweepError) else "".join(tail).strip()
-    log.warning("%s failed: %s", task.task_id, str(error).splitlines()[0] if str(error) else type(error).__name__)
-    notify_task_failed(
-        client, task.task_id, worker.worker_id, "\n".join(reason.splitlines()[-ERROR_LINES:]), task.attempt
-    )
-    return False
-
-
-@contextmanager
-def _task_log(task: TaskMessage) -> Iterator[logging.Logger]:
-    """The experiment's own log file, `logs/{task_id}.log` in its output folder; a second attempt appends."""
-    path = Path(task.output_dir) / "logs" / f"{task.task_id}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    logger = logging.Logger(task.task_id)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield logger
-    finally:
-        handler.close()
-
-
-@contextmanager
-def _heartbeats(worker: Worker, task: TaskMessage) -> Iterator[None]:
-    """Tell the manager from a thread, every `heartbeat_s`, that the worker lives and how far the task is."""
-    ended = threading.Event()
-
-    def beat() -> None:
-        with worker.client(timeout=task.heartbeat_s + 5.0, retries=0) as client:
-            while not ended.wait(task.heartbeat_s):
-                _heartbeat(worker, task, client)
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-
-
-def _heartbeat(worker: Worker, task: TaskMessage, client: ManagerClient) -> None:
-    progress = worker.progress
-    held: dict[str, Any] = {"task_id": task.task_id, "attempt": task.attempt}
-    if progress is not None:
-        held |= vars(progress)
-    message = {"type": "heartbeat", "worker_id": worker.worker_id, "tasks": [held]}
-    try:
-        reply = client.ask(message)
-    except (ManagerUnreachable, ProtocolError) as error:
-        log.debug("heartbeat: %s", error)
-        return
-    if task.task_id in reply.get("drop", ()):
-        worker.dropped = True

@@ -1,10 +1,9 @@
-"""Small data and whole runs."""
+"""Data sets and helpers for the tests of the science."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -15,30 +14,52 @@ from fedsweep.plan.experiment import Experiment
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
 def digits() -> ImageData:
-    raw = load_digits()
-    images = torch.from_numpy(np.floor(raw.images * 255 / 16 + 0.5).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(raw.target.astype(np.int64))
+    """Scikit-learn's 1,797 real digits, every fifth for testing."""
+    bunch = load_digits()
+    images = torch.from_numpy((bunch.images * 255 / 16).round().astype("uint8"))[:, None]
+    labels = torch.from_numpy(bunch.target).long()
     is_test = torch.arange(len(labels)) % 5 == 0
     return ImageData("digits", images[~is_test], labels[~is_test], images[is_test], labels[is_test], 10)
 
 
 @pytest.fixture(scope="session")
-def run_to_end(digits: ImageData) -> Callable[..., Outcome]:
-    """Run an experiment on the digits; arguments are its parameters."""
+def random_data() -> Callable[..., ImageData]:
+    """Random images: `random_data(num_classes=…, channels=…, side=…, train=…, test=…)`."""
 
-    def to_end(**parameters: object) -> Outcome:
-        small = {"model_type": "lr", "width_factor": 4, "depth": 1, "num_clients": 4, "global_rounds": 3}
-        rounds = run(Experiment(**{**small, **parameters}), digits)
+    def make(num_classes: int = 10, channels: int = 1, side: int = 4, train: int = 300, test: int = 40) -> ImageData:
+        generator = torch.Generator().manual_seed(7)
+
+        def images(count: int) -> torch.Tensor:
+            return torch.randint(0, 256, (count, channels, side, side), dtype=torch.uint8, generator=generator)
+
+        def labels(count: int) -> torch.Tensor:
+            return torch.randint(0, num_classes, (count,), generator=generator)
+
+        return ImageData("random", images(train), labels(train), images(test), labels(test), num_classes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finish() -> Callable[..., Outcome]:
+    """Run an experiment to its end: `finish(experiment, data, …)` with the arguments of `run`."""
+
+    def to_the_end(experiment: Experiment, data: ImageData, **arguments: object) -> Outcome:
+        rounds = run(experiment, data, **arguments)  # type: ignore[arg-type]
         while True:
             try:
                 next(rounds)
             except StopIteration as end:
-                return end.value
+                outcome: Outcome = end.value
+                return outcome
 
-    return to_end
+    return to_the_end

@@ -1,0 +1,93 @@
+"""What the manager answers to each request: from a message to a method of the sweep, and back to a message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fedsweep.errors import ProtocolError
+from fedsweep.manager.protocol import (
+    Heartbeat,
+    Release,
+    Request,
+    RequestTask,
+    Status,
+    SubmitResult,
+    TaskComplete,
+    TaskFailed,
+)
+from fedsweep.manager.records import LedgerUnwritable, UnknownAttempt, UnknownTask
+from fedsweep.manager.sweep import OpenSweep
+
+ACK: dict[str, Any] = {"type": "ack"}
+
+
+def answer(sweep: OpenSweep, request: Request, legacy: bool) -> dict[str, Any]:
+    """The answer to a request; `legacy` says that an old client sent it.
+
+    Raises:
+        ProtocolError: the request cannot be served; the code says why.
+    """
+    try:
+        return ANSWERS[type(request)](sweep, request, legacy)
+    except UnknownTask as error:
+        raise ProtocolError("unknown_task", str(error)) from None
+    except UnknownAttempt as error:
+        raise ProtocolError("unknown_attempt", str(error)) from None
+    except LedgerUnwritable as error:
+        raise ProtocolError("retry_later", str(error)) from None
+
+
+def _request_task(sweep: OpenSweep, request: RequestTask, legacy: bool) -> dict[str, Any]:
+    device = request.device or (f"cuda:{request.gpu_id}" if request.gpu_id is not None else request.worker_type)
+    tasks = sweep.hand_out(request.worker_id, max_tasks=request.max_tasks, device=device, legacy=legacy)
+    if not tasks:
+        is_done = sweep.tell_done(request.worker_id)
+        return {"type": "no_task", "done": is_done, "retry_after": sweep.retry_after_s}
+    messages = [sweep.task_message(task) for task in tasks]
+    return {"type": "task", "task": messages[0]} | ({"tasks": messages} if request.max_tasks > 1 else {})
+
+
+def _submit_result(sweep: OpenSweep, request: SubmitResult, legacy: bool) -> dict[str, Any]:
+    data = request.result_data.model_dump(mode="json", exclude_unset=True)
+    verdict = sweep.save_result(request.task_id, request.worker_id, data, request.attempt)
+    return {"type": "ack", "status": verdict}
+
+
+def _task_complete(sweep: OpenSweep, request: TaskComplete, legacy: bool) -> dict[str, Any]:
+    if not sweep.has_result(request.task_id, request.worker_id):
+        raise ProtocolError("no_result", f"task {request.task_id!r} has no result here; send submit_result first")
+    return ACK
+
+
+def _task_failed(sweep: OpenSweep, request: TaskFailed, legacy: bool) -> dict[str, Any]:
+    has_counted = sweep.mark_failed(request.task_id, request.worker_id, request.error, request.attempt)
+    return _ack(request.task_id, has_counted)
+
+
+def _release(sweep: OpenSweep, request: Release, legacy: bool) -> dict[str, Any]:
+    return _ack(request.task_id, sweep.release(request.task_id, request.worker_id, request.attempt))
+
+
+def _ack(task_id: str, has_counted: bool) -> dict[str, Any]:
+    """An ack; it names the task in `drop` where it came from an attempt that is not the open one."""
+    return ACK if has_counted else {**ACK, "drop": [task_id]}
+
+
+def _heartbeat(sweep: OpenSweep, request: Heartbeat, legacy: bool) -> dict[str, Any]:
+    return {**ACK, "drop": sweep.renew(request.worker_id, request.tasks, device=request.device)}
+
+
+def _status(sweep: OpenSweep, request: Status, legacy: bool) -> dict[str, Any]:
+    return {"type": "status", "status": sweep.status()}
+
+
+ANSWERS: dict[type[Request], Callable[[OpenSweep, Any, bool], dict[str, Any]]] = {
+    RequestTask: _request_task,
+    SubmitResult: _submit_result,
+    TaskComplete: _task_complete,
+    TaskFailed: _task_failed,
+    Release: _release,
+    Heartbeat: _heartbeat,
+    Status: _status,
+}

@@ -1,0 +1,107 @@
+"""`history.parquet`: every round of every experiment of an output folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsweep.manager.records import History
+from fedsweep.manager.schema import fsync_folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+log = logging.getLogger(__name__)
+
+HISTORY_FILE = "history.parquet"
+NextPage = Callable[[int], list[History]]  # results behind this place in the order of acceptance
+
+
+def write_history(output_dir: str | Path, next_page: NextPage) -> bool:
+    """Write the rounds of all results that `next_page` gives, page by page; False if there are none.
+
+    Rounds of experiments that are in the file already and in no page (of another sweep, say) are kept.
+    """
+    import pyarrow.parquet as pq
+
+    path = Path(output_dir) / HISTORY_FILE
+    page = next_page(0)
+    if not page:
+        return False
+    fresh = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written: set[str] = set()
+    with pq.ParquetWriter(fresh, _schema()) as writer:
+        while page:
+            writer.write_table(_table(page))
+            written.update(history.signature for history in page)
+            page = next_page(page[-1].place)
+        for others in _rounds_of_others(path, written):
+            writer.write_table(others)
+    with fresh.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(fresh, path)
+    fsync_folder(path.parent)
+    return True
+
+
+def _schema() -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("signature", pa.string()),
+            ("task_id", pa.string()),
+            ("seed", pa.int64()),
+            ("round", pa.int64()),
+            ("val_loss", pa.float64()),
+            ("val_acc", pa.float64()),
+            ("nonfinite_clients", pa.int64()),
+            ("is_best", pa.bool_()),
+            ("per_class_test_acc", pa.list_(pa.float64())),
+        ]
+    )
+
+
+def _table(page: list[History]) -> pa.Table:
+    import pyarrow as pa
+
+    rounds = [_round(history, record) for history in page for record in history.result["history"]]
+    return pa.Table.from_pylist(rounds, schema=_schema())
+
+
+def _round(history: History, record: dict[str, Any]) -> dict[str, Any]:
+    is_best = record["round"] == history.result.get("best_epoch")
+    return {
+        "signature": history.signature,
+        "task_id": history.task_id,
+        "seed": history.seed,
+        "round": record["round"],
+        "val_loss": record.get("val_loss"),
+        "val_acc": record.get("val_acc"),
+        "nonfinite_clients": record.get("nonfinite_clients", 0),
+        "is_best": is_best,
+        "per_class_test_acc": history.result.get("per_class_test_acc") if is_best else None,
+    }
+
+
+def _rounds_of_others(path: Path, written: set[str]) -> list[pa.Table]:
+    """What the present file has of experiments that were not written; nothing if it is no such file."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if not path.exists():
+        return []
+    try:
+        present = pq.read_table(path).select(_schema().names).cast(_schema())
+    except (pa.ArrowException, KeyError, OSError) as error:
+        kept = path.with_name(f"{path.name}.unreadable")
+        os.replace(path, kept)
+        log.warning("%s cannot be read (%s); it was moved to %s and is written anew", path, error, kept)
+        return []
+    others = present.filter(pc.invert(pc.is_in(present["signature"], pa.array(sorted(written), pa.string()))))
+    return [others] if others.num_rows else []

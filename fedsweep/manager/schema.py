@@ -1,0 +1,227 @@
+"""The ledger's file: its tables, its migrations, and opening it without ever mistaking another file for it."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import uuid
+from pathlib import Path
+
+from fedsweep.errors import StateError
+
+APPLICATION_ID = 0x46535750  # "FSWP"; tells our files from those of other programs that use SQLite
+
+# What the ledger means by these tables is said in `Ledger`. `counts` is made when tasks are added and then kept by a
+# trigger, so that asking for the state of 100,000 tasks reads a few rows. A transition that would leave two open
+# attempts of one task, two results of one task, or a task that is assigned to nobody cannot be committed.
+_FIRST = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+
+CREATE TABLE tasks (
+    number INTEGER PRIMARY KEY,
+    signature TEXT NOT NULL UNIQUE,
+    task_id TEXT NOT NULL UNIQUE,
+    phase TEXT NOT NULL,
+    output_dir TEXT NOT NULL,
+    seed INTEGER NOT NULL,
+    experiment TEXT NOT NULL,
+    options TEXT NOT NULL,
+    match_key TEXT NOT NULL,
+    cohort TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    orphaned INTEGER NOT NULL DEFAULT 0 CHECK (orphaned IN (0, 1)),
+    status TEXT NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'assigned', 'complete', 'failed')),
+    diverged INTEGER NOT NULL DEFAULT 0 CHECK (diverged IN (0, 1)),
+    attempt INTEGER,
+    failures INTEGER NOT NULL DEFAULT 0 CHECK (failures >= 0),
+    losses INTEGER NOT NULL DEFAULT 0 CHECK (losses >= 0),
+    setbacks INTEGER NOT NULL DEFAULT 0,
+    last_error TEXT,
+    CHECK ((status = 'assigned') = (attempt IS NOT NULL))
+);
+CREATE INDEX queue ON tasks (setbacks, position) WHERE status = 'pending' AND orphaned = 0;
+CREATE INDEX cohort_queue ON tasks (cohort, setbacks, position) WHERE status = 'pending' AND orphaned = 0;
+CREATE INDEX failed_tasks ON tasks (position) WHERE status = 'failed';
+CREATE INDEX tasks_by_position ON tasks (orphaned, position);
+CREATE INDEX tasks_by_match_key ON tasks (match_key);
+
+CREATE TABLE cells (
+    number INTEGER PRIMARY KEY,
+    task INTEGER NOT NULL REFERENCES tasks (number),
+    digest BLOB NOT NULL,
+    phase TEXT NOT NULL,
+    output_dir TEXT NOT NULL,
+    spelled TEXT NOT NULL,
+    position INTEGER NOT NULL,
+    active INTEGER NOT NULL DEFAULT 1 CHECK (active IN (0, 1)),
+    UNIQUE (task, digest)
+);
+CREATE INDEX cells_by_output_dir ON cells (output_dir, position);
+CREATE TABLE output_dirs (
+    path TEXT PRIMARY KEY,
+    varying TEXT NOT NULL,
+    active INTEGER NOT NULL CHECK (active IN (0, 1))
+) WITHOUT ROWID;
+
+CREATE TABLE attempts (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    task INTEGER NOT NULL REFERENCES tasks (number),
+    worker TEXT NOT NULL,
+    lease_s REAL NOT NULL,
+    started_at TEXT NOT NULL,
+    ended_at TEXT,
+    ended_as TEXT CHECK (ended_as IN ('result', 'failed', 'lost', 'released', 'overtaken', 'forgiven')),
+    error TEXT,
+    CHECK ((ended_at IS NULL) = (ended_as IS NULL))
+);
+CREATE UNIQUE INDEX one_open_attempt ON attempts (task) WHERE ended_as IS NULL;
+CREATE INDEX attempts_by_task ON attempts (task);
+
+CREATE TABLE results (
+    number INTEGER PRIMARY KEY,
+    task INTEGER NOT NULL UNIQUE REFERENCES tasks (number),
+    attempt INTEGER,
+    worker TEXT,
+    source TEXT,
+    received_at TEXT NOT NULL,
+    wall_time_s REAL,
+    data TEXT NOT NULL,
+    history TEXT
+);
+CREATE TABLE conflicts (
+    number INTEGER PRIMARY KEY,
+    task INTEGER NOT NULL REFERENCES tasks (number),
+    attempt INTEGER,
+    worker TEXT,
+    received_at TEXT NOT NULL,
+    data TEXT NOT NULL
+);
+
+CREATE TABLE counts (
+    status TEXT NOT NULL,
+    orphaned INTEGER NOT NULL,
+    diverged INTEGER NOT NULL,
+    amount INTEGER NOT NULL,
+    PRIMARY KEY (status, orphaned, diverged)
+) WITHOUT ROWID;
+CREATE TRIGGER count_changed_task AFTER UPDATE OF status, orphaned, diverged ON tasks
+WHEN (old.status, old.orphaned, old.diverged) IS NOT (new.status, new.orphaned, new.diverged) BEGIN
+    UPDATE counts SET amount = amount - 1
+    WHERE status = old.status AND orphaned = old.orphaned AND diverged = old.diverged;
+    INSERT INTO counts VALUES (new.status, new.orphaned, new.diverged, 1)
+    ON CONFLICT DO UPDATE SET amount = amount + 1;
+END;
+"""
+
+MIGRATIONS = (_FIRST,)  # the script at index n takes a file from version n to n + 1
+
+
+def open_database(path: Path) -> sqlite3.Connection:
+    """The database at `path`, made if there is none, brought to the newest version, held by this process alone.
+
+    Raises:
+        StateError: what lies there is not a ledger that this version can use. Nothing was changed.
+    """
+    _remove_unfinished(path)
+    if not path.exists():
+        if _wal(path).exists():
+            raise StateError(f"{path} is missing but {_wal(path).name} is there; put the file back, or move both away")
+        _create(path)
+    _refuse_what_is_no_ledger(path)
+    try:
+        connection = _connect(path)
+        _migrate(connection, path)
+    except sqlite3.DatabaseError as error:
+        raise StateError(f"{path} cannot be used ({error}); move it away or name another --state-dir") from None
+    return connection
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    try:
+        # EXCLUSIVE before WAL: then no memory is shared with other processes, which network file systems cannot do.
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(" ".join(str(problem).split()))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _refuse_what_is_no_ledger(path: Path) -> None:
+    """Look at the header without opening the file as a database, which would already change it."""
+    advice = "move it away or name another --state-dir"
+    if not path.is_file():
+        raise StateError(f"{path} is not a file; {advice}")
+    try:
+        with path.open("rb") as stream:
+            header = stream.read(100)
+    except OSError as error:
+        raise StateError(f"{path} cannot be read ({error.strerror}); {advice}") from None
+    if not header:
+        raise StateError(f"{path} is empty, so it is no state of fedsweep; {advice}")
+    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
+        raise StateError(f"{path} is not a state file of fedsweep; {advice}")
+    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+        raise StateError(f"{path} belongs to another program; {advice}")
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        connection.close()
+        raise StateError(
+            f"{path} was written by a newer fedsweep (state version {version}; this one knows {len(MIGRATIONS)}); "
+            "install that version, or name another --state-dir"
+        )
+    for number in range(version, len(MIGRATIONS)):
+        _run_script(connection, MIGRATIONS[number], number + 1)
+
+
+def _run_script(connection: sqlite3.Connection, script: str, version: int) -> None:
+    """Run a migration and note its version in one transaction."""
+    connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {version}; COMMIT;")
+
+
+def _create(path: Path) -> None:
+    """Make a new ledger beside its place, whole and on disk, and only then move it there: a crash leaves no part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = _unfinished(path)
+    connection = sqlite3.connect(unfinished, isolation_level=None)
+    try:
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        for number, script in enumerate(MIGRATIONS):
+            _run_script(connection, script, number + 1)
+        connection.execute("INSERT INTO meta VALUES ('ledger_id', ?)", (uuid.uuid4().hex[:8],))
+    finally:
+        connection.close()
+    os.replace(unfinished, path)
+    fsync_folder(path.parent)
+
+
+def _remove_unfinished(path: Path) -> None:
+    for suffix in ("", "-journal"):
+        Path(f"{_unfinished(path)}{suffix}").unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.new")
+
+
+def _wal(path: Path) -> Path:
+    return path.with_name(f"{path.name}-wal")
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in this folder survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,81 @@
+"""Serving a sweep from the first connection to the moment when it is over, or the manager is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fedsweep.manager.server import listen
+from fedsweep.manager.state_dir import remove_address, write_address
+
+if TYPE_CHECKING:
+    from fedsweep.manager.manager import ExperimentManager
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+TELL_DONE_S = 8.0  # longer than workers wait before they ask again
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+async def serve(manager: ExperimentManager, *, stay: bool, grace_s: float) -> None:
+    """Listen, answer, look after leases, and return when the sweep is over (unless told to `stay`) or was stopped.
+
+    Raises:
+        UsageError: the address cannot be listened on.
+    """
+    server = await listen(
+        manager.host, manager.port, manager.handle_client, insecure_plaintext=manager.insecure_plaintext
+    )
+    manager.port = server.sockets[0].getsockname()[1]
+    write_address(manager.state_dir, manager.host, manager.port)
+    log.info("listening on %s:%d", manager.host, manager.port)
+    manager.running = True
+    try:
+        with _stop_signals(manager):
+            await _until_over(manager, stay=stay, grace_s=grace_s)
+    finally:
+        manager.running = False
+        remove_address(manager.state_dir)
+        server.close()
+
+
+@contextmanager
+def _stop_signals(manager: ExperimentManager) -> Iterator[None]:
+    """Make SIGTERM and SIGINT stop the manager: the first in order, the second at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals; here `stop` is called directly
+        return
+    loop = asyncio.get_running_loop()
+    for kind in SIGNALS:
+        loop.add_signal_handler(kind, manager.stop)
+    try:
+        yield
+    finally:
+        for kind in SIGNALS:
+            loop.remove_signal_handler(kind)
+
+
+async def _until_over(manager: ExperimentManager, *, stay: bool, grace_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    give_up_at: float | None = None
+    while True:
+        manager.check_stale_assignments()
+        if manager.stops > 1:
+            return
+        if manager.stops == 1:
+            give_up_at = give_up_at or loop.time() + grace_s
+            if not manager.assigned_tasks or loop.time() >= give_up_at:
+                return
+        elif stay or not manager.check_all_complete():
+            give_up_at = None
+        else:
+            give_up_at = give_up_at or loop.time() + TELL_DONE_S
+            if manager.sweep.is_up_to_date() and (manager.sweep.has_told_everyone() or loop.time() >= give_up_at):
+                return
+        await asyncio.sleep(TICK_S)

@@ -1,0 +1,72 @@
+"""The folder that holds a manager's state, and the lock that keeps a second manager out of it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fedsweep.errors import StateError, StateHeldError
+
+LEDGER_FILE = "ledger.sqlite3"
+TOKEN_FILE = "token"
+ADDRESS_FILE = "manager.json"
+LOCK_FILE = "manager.lock"
+
+
+class StateLock:
+    """Holds a state directory for this process. The lock is the operating system's, so it cannot outlive its holder.
+
+    Raises:
+        StateHeldError: another manager holds it; the message names its process and host.
+        StateError: the directory cannot be used.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        path = state_dir / LOCK_FILE
+        try:
+            state_dir.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StateError(
+                f"{state_dir} cannot hold the state ({error.strerror}); name another --state-dir"
+            ) from None
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip() or "another manager"
+            os.close(self._descriptor)
+            raise StateHeldError(
+                f"{state_dir} is in use by {holder}; stop that manager, or name another --state-dir"
+            ) from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let the directory go."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def write_address(state_dir: Path, host: str, port: int) -> None:
+    """Leave word where the manager of this state directory listens."""
+    path = state_dir / ADDRESS_FILE
+    fresh = path.with_name(f"{path.name}.tmp")
+    fresh.write_text(json.dumps({"host": host, "port": port, "pid": os.getpid()}) + "\n")
+    os.replace(fresh, path)
+
+
+def remove_address(state_dir: Path) -> None:
+    """Take that word back."""
+    (state_dir / ADDRESS_FILE).unlink(missing_ok=True)

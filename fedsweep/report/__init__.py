@@ -1,0 +1,132 @@
+"""Tables and plots from the rows of finished experiments, and the live display of those that run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedsweep.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["FolderReport", "Report", "report"]
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What one output folder holds."""
+
+    folder: Path
+    summary: pd.DataFrame  # one row for each cell, as in summary.csv
+    plots: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `report` found and wrote."""
+
+    folders: tuple[FolderReport, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every summary and plot of the folders."""
+        return tuple(
+            path for each in self.folders for path in (each.folder / "summary.csv", *each.plots) if path.exists()
+        )
+
+
+def report(
+    dirs: Sequence[str | Path], out: str | Path | None = None, formats: Sequence[str] = ("png", "pdf")
+) -> Report:
+    """Summarise and plot the results of output folders.
+
+    Writes `summary.csv` where it is missing or older than the rows, and the plots of each folder into its `plots`
+    folder, or below `out` if that is given (in a sub-folder for each where there are several). The same value has the
+    same colour in all plots of a call.
+
+    Raises:
+        UsageError: a folder has no results, or the plots cannot be written.
+    """
+    from fedsweep.manager.results import summarise
+
+    folders = list(dict.fromkeys(Path(folder) for folder in dirs))
+    rows = {folder: _read(folder) for folder in folders}
+    summaries = {folder: summarise(frame) for folder, frame in rows.items()}
+    for folder in folders:
+        _refresh_summary(folder)
+    places = {folder: folder / "plots" if out is None else Path(out) for folder in folders}
+    if out is not None and len(folders) > 1:
+        places = {folder: Path(out) / name for folder, name in zip(folders, _distinct_names(folders), strict=True)}
+    plots = _plot(rows, summaries, places, formats)
+    return Report(tuple(FolderReport(folder, summaries[folder], plots[folder]) for folder in folders))
+
+
+def _read(folder: Path) -> pd.DataFrame:
+    from fedsweep.manager.results import read_results
+
+    try:
+        return read_results(folder)
+    except DataError as error:
+        raise UsageError(f"{folder} is no folder of results: {error}") from error
+
+
+def _refresh_summary(folder: Path) -> None:
+    from fedsweep.manager.columns import FILE_NAME
+    from fedsweep.manager.results import SUMMARY_FILE, write_summary
+
+    summary = folder / SUMMARY_FILE
+    if not summary.exists() or summary.stat().st_mtime_ns < (folder / FILE_NAME).stat().st_mtime_ns:
+        try:
+            write_summary(folder)
+        except OSError as error:
+            raise UsageError(f"{summary} cannot be written: {error}") from error
+
+
+def _distinct_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each folder: its last part, with a number where two have the same."""
+    names: list[str] = []
+    for folder in folders:
+        base = folder.absolute().name
+        taken = sum(name == base or name.rpartition("_")[0] == base for name in names)
+        names.append(f"{base}_{taken + 1}" if taken else base)
+    return names
+
+
+def _plot(
+    rows: dict[Path, pd.DataFrame],
+    summaries: dict[Path, pd.DataFrame],
+    places: dict[Path, Path],
+    formats: Sequence[str],
+) -> dict[Path, tuple[Path, ...]]:
+    from fedsweep.report.look import scales
+    from fedsweep.report.plots import plot_folder
+
+    common = scales(summaries.values())
+    plots = {}
+    for folder, summary in summaries.items():
+        try:
+            plots[folder] = plot_folder(summary, _history(folder, rows[folder]), places[folder], common, formats)
+        except OSError as error:
+            raise UsageError(f"the plots of {folder} cannot be written: {error}") from error
+    return plots
+
+
+def _history(folder: Path, rows: pd.DataFrame) -> pd.DataFrame | None:
+    """The rounds of the folder's experiments, each with the phase and the parameters of its cells."""
+    import pandas as pd
+
+    from fedsweep.manager.history import HISTORY_FILE
+    from fedsweep.report.labels import parameters
+
+    path = folder / HISTORY_FILE
+    if not path.exists() or "signature" not in rows:
+        return None
+    try:
+        rounds = pd.read_parquet(path, columns=["signature", "round", "val_loss", "val_acc"])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}; delete it, and the next run writes it again") from error
+    cells = rows[["signature", "phase", "outcome", "seed", *parameters(rows)]]
+    return cells[cells["signature"] != ""].drop_duplicates().merge(rounds, on="signature")

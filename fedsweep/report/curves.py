@@ -1,0 +1,133 @@
+"""Validation accuracy and loss against the round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsweep.report.look import Scales, new_figure, outer_labels
+from fedsweep.report.panels import (
+    Panel,
+    Roles,
+    assign,
+    caption,
+    columns_for,
+    legend,
+    lines,
+    look,
+    pages,
+    panels,
+    width_of,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANELS_ON_A_PAGE = 8
+METRICS = {"val_acc": "Validation\naccuracy (%)", "val_loss": "Validation\nloss (nats)"}
+LEEWAY = 1.5  # a band may go so many times beyond the means before the axis cuts it off
+LOG_FROM = 30.0  # a loss axis whose largest value is that many times its least is logarithmic
+
+
+def curve_figures(phase: str, cells: pd.DataFrame, rounds: pd.DataFrame, scales: Scales) -> Iterator[Figure]:
+    """Validation accuracy (above) and loss (below) after each round: the mean over seeds with its 95 % interval.
+
+    A line goes as far as every seed of its cell went, for beyond that the mean is of the seeds that stopped late.
+    Diverged runs are left out where the cell has others.
+    """
+    roles = assign(rounds, first=("poison_ratio",))
+    every = panels(rounds, roles.panels)
+    columns = columns_for(rounds, roles.panels, len(every))
+    for page in pages(every, columns, PANELS_ON_A_PAGE):
+        yield _page(phase, cells, rounds, page, columns, roles, scales)
+
+
+def over_seeds(rounds: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Of one cell: for each round that every seed reached, the `mean` and the `half` width of its 95 % interval.
+
+    The interval is Student's t with n - 1 degrees of freedom; `half` is NaN for one seed. Where a seed's value is not
+    finite, both are NaN.
+    """
+    from scipy.special import stdtrit
+
+    sound = rounds[rounds["outcome"] != "diverged"]
+    rounds = sound if len(sound) else rounds
+    last = rounds.groupby("seed")["round"].max().min()
+    table = rounds[rounds["round"] <= last].pivot_table(index="round", columns="seed", values=metric, dropna=False)
+    count = table.shape[1]
+    half = (
+        stdtrit(count - 1, 0.975) * table.std(axis=1, ddof=1, skipna=False) / math.sqrt(count) if count > 1 else np.nan
+    )
+    means: pd.DataFrame = table.mean(axis=1, skipna=False).to_frame("mean")
+    return means.assign(half=half)
+
+
+def _page(
+    phase: str,
+    cells: pd.DataFrame,
+    rounds: pd.DataFrame,
+    page: Sequence[Panel],
+    columns: int,
+    roles: Roles,
+    scales: Scales,
+) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
+    blocks = math.ceil(len(page) / columns)
+    figure = new_figure(width_of(columns, roles), blocks * 2.9 + 0.6)
+    grid = figure.subplots(2 * blocks, columns, sharex=True, squeeze=False)
+    for offset, (metric, label) in enumerate(METRICS.items()):
+        axes = list(grid[offset::2].flat)
+        drawn = [_draw(each, panel, metric, roles, scales) for each, panel in zip(axes, page, strict=False)]
+        _share_limits(axes, metric, np.concatenate(drawn, axis=1))
+        for unused in axes[len(page) :]:
+            unused.remove()
+        outer_labels(axes[: len(page)], columns, "Round" if metric == "val_loss" else "", label)
+    for axes, panel in zip(grid[::2].flat, page, strict=False):
+        axes.set_title(panel.title)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    legend(figure, rounds, roles, scales, "line")
+    caption(figure, phase, cells, "bands: 95 % confidence interval")
+    return figure
+
+
+def _draw(axes: Axes, panel: Panel, metric: str, roles: Roles, scales: Scales) -> npt.NDArray[np.float64]:
+    """Draw the lines of a panel; their means and the ends of their bands [3, points]."""
+    factor, top = (100.0, 100.0) if metric == "val_acc" else (1.0, np.inf)
+    drawn = []
+    for values, own in lines(panel, roles):
+        appearance = look(roles, values, scales)
+        table = factor * over_seeds(own, metric)
+        means, halves = table["mean"].to_numpy(float), table["half"].to_numpy(float)
+        low, high = np.clip(means - halves, 0, top), np.clip(means + halves, 0, top)
+        marker = "." if len(table) == 1 else ""
+        axes.plot(table.index, means, **appearance | {"marker": marker})
+        if np.isfinite(halves).any():
+            axes.fill_between(table.index, low, high, color=appearance["color"], alpha=0.15, linewidth=0)
+        drawn.append(np.stack([means, low, high]))
+    return np.concatenate(drawn, axis=1)
+
+
+def _share_limits(axes: Sequence[Axes], metric: str, drawn: npt.NDArray[np.float64]) -> None:
+    """One scale for all panels: room for every mean, and for bands as far as they do not dwarf the means."""
+    means, low, high = drawn
+    means = means[np.isfinite(means)]
+    if not len(means):
+        return
+    bottom, top = float(np.nanmin([means.min(), *low])), float(np.nanmax([means.max(), *high]))
+    if metric == "val_loss":
+        bottom, top = max(bottom, means.min() / LEEWAY), min(top, means.max() * LEEWAY)
+    is_log = metric == "val_loss" and means.min() > 0 and means.max() > LOG_FROM * means.min()
+    margin = 0.04 * (top - bottom) or 0.5
+    for each in axes:
+        if is_log:
+            each.set_yscale("log")
+            each.set_ylim(bottom / 1.1, top * 1.1)
+        else:
+            each.set_ylim(bottom - margin, top + margin)

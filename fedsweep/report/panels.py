@@ -1,0 +1,163 @@
+"""Which parameter becomes colour, which line style, and which are spread over panels."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from fedsweep.report.labels import constants, is_empty, is_numeric, levels, name_of, pair_of, value_of, varying
+from fedsweep.report.look import DARK, GREY, HUES, LINES, Scales
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+# What is best compared on the same axes comes first; what makes another world of the experiment comes last.
+TOGETHER = ("aggregator", "poison_type", "poison_level", "data_ordering", "width_factor", "depth")
+APART = ("alpha", "partition", "num_clients", "model_type", "dataset")
+LINES_TOGETHER = 8
+COLOURS_TOGETHER = 10
+COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What each varying parameter of a phase does in its figure."""
+
+    colour: str | None
+    style: str | None
+    panels: tuple[str, ...]
+    style_levels: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The part of a figure with its own axes."""
+
+    title: str
+    cells: pd.DataFrame
+
+
+def assign(cells: pd.DataFrame, taken: Sequence[str] = (), first: Sequence[str] = ()) -> Roles:
+    """Give each varying parameter but the `taken` ones a role; those of `first` are drawn together if any are."""
+    names = [name for name in varying(cells) if name not in taken]
+    names.sort(key=lambda name: rank(name, first))
+    count = {name: len(levels(name, cells[name])) for name in names}
+    colour = next((name for name in names if count[name] <= COLOURS_TOGETHER or is_numeric(name)), None)
+    rest = [name for name in names if name != colour]
+    room = LINES_TOGETHER // count[colour] if colour else 1
+    style = next((name for name in rest if count[name] <= min(room, len(LINES))), None)
+    panels = sorted((name for name in rest if name != style), key=lambda name: -rank(name, first))
+    return Roles(colour, style, tuple(panels), tuple(levels(style, cells[style])) if style else ())
+
+
+def rank(name: str, first: Sequence[str] = ()) -> int:
+    """How much a parameter asks to be drawn on the same axes as the others; the least number asks most."""
+    if name in first:
+        return first.index(name)
+    if name in TOGETHER:
+        return 10 + TOGETHER.index(name)
+    return 30 + APART.index(name) if name in APART else 20
+
+
+def panels(cells: pd.DataFrame, names: Sequence[str]) -> list[Panel]:
+    """The cells of each combination of these parameters that there is, in the order of their values."""
+    found = []
+    for values in product(*(levels(name, cells[name]) for name in names)):
+        own = cells
+        for name, value in zip(names, values, strict=True):
+            own = own[own[name].isna()] if value is None else own[own[name] == value]
+        if len(own):
+            title = ", ".join(pair_of(name, value) for name, value in zip(names, values, strict=True))
+            found.append(Panel(title, own))
+    return found
+
+
+def columns_for(cells: pd.DataFrame, names: Sequence[str], count: int) -> int:
+    """How many panels stand side by side: the levels of the last parameters as far as they give a grid."""
+    columns = 1
+    for name in reversed(names):
+        wider = columns * len(levels(name, cells[name]))
+        if wider > COLUMNS or count % wider:
+            break
+        columns = wider
+    return columns if columns > 1 else min(count, COLUMNS)
+
+
+def pages(every: Sequence[Panel], columns: int, most: int) -> Iterator[list[Panel]]:
+    """The panels in groups of whole rows, of about `most` panels each."""
+    step = max(most // columns, 1) * columns
+    for start in range(0, len(every), step):
+        yield list(every[start : start + step])
+
+
+def width_of(columns: int, roles: Roles) -> float:
+    """The width in inches of a figure with that many panels side by side, and a legend if there is one."""
+    return (2.9 if columns == 1 else 1.9 * columns) + 0.5 + 1.3 * bool(roles.colour or roles.style)
+
+
+def lines(panel: Panel, roles: Roles) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """The cells of each line of a panel, with the values of its colour and style."""
+    names = [name for name in (roles.colour, roles.style) if name]
+    for each in panels(panel.cells, names):
+        first = each.cells.iloc[0]
+        yield {name: None if is_empty(first[name]) else first[name] for name in names}, each.cells
+
+
+def look(roles: Roles, values: dict[str, Any], scales: Scales) -> dict[str, Any]:
+    """Colour, dashes and marker of a line."""
+    colour = scales.colour(roles.colour, values[roles.colour]) if roles.colour else HUES[0]
+    dashes, marker = scales.line(roles.style, values[roles.style], roles.style_levels) if roles.style else LINES[0]
+    return {"color": colour, "linestyle": dashes, "marker": marker}
+
+
+def legend(figure: Figure, cells: pd.DataFrame, roles: Roles, scales: Scales, parts: str = "line and marker") -> None:
+    """One legend at the right: a heading for each parameter, then its values; `parts` are what the figure draws."""
+    entries = [entry for name in (roles.colour, roles.style) if name for entry in _entries(name, cells, roles, scales)]
+    if not entries:
+        return
+    for handle, _ in entries:
+        if "line" not in parts:
+            handle.set_linestyle("none")
+        if "marker" not in parts:
+            handle.set_marker("")
+    made = figure.legend([handle for handle, _ in entries], [text for _, text in entries], loc="outside right upper")
+    headings = {name_of(name) for name in (roles.colour, roles.style) if name}
+    for text in made.get_texts():
+        if text.get_text() in headings:
+            text.set_fontweight("bold")
+
+
+def _entries(name: str, cells: pd.DataFrame, roles: Roles, scales: Scales) -> list[tuple[Line2D, str]]:
+    from matplotlib.lines import Line2D
+
+    entries = [(Line2D([], [], linestyle="none"), name_of(name))]
+    for value in levels(name, cells[name]):
+        dashes, marker = LINES[0] if name == roles.colour else scales.line(name, value, roles.style_levels)
+        colour = scales.colour(name, value) if name == roles.colour else DARK
+        shape = "" if name == roles.colour and roles.style else marker  # the marker shows the style
+        entries.append((Line2D([], [], color=colour, linestyle=dashes, marker=shape), value_of(name, value)))
+    return entries
+
+
+def caption(figure: Figure, phase: str, cells: pd.DataFrame, note: str) -> None:
+    """The phase above; below, small, what all cells share, how many seeds there are, and what diverged."""
+    figure.suptitle(phase, fontsize=9, fontweight="bold")
+    shared = ", ".join(pair_of(name, value) for name, value in constants(cells).items() if name != "poison_ratio")
+    seeds = sorted(set(cells["n_seeds"] + cells["n_diverged"]))
+    counted = (
+        f"{seeds[0]} seed{'' if seeds[-1] == 1 else 's'}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    )
+    parts = [part for part in (shared, f"{counted}; {note}" if seeds[-1] > 1 else counted) if part]
+    diverged = int(cells["n_diverged"].sum())
+    if diverged:
+        parts.append(f"{diverged} diverged run{'' if diverged == 1 else 's'} left out (×: all of a cell)")
+    figure.supxlabel("\n".join(_wrapped(". ".join(parts), figure.get_figwidth())), fontsize=6.5, color=GREY)
+
+
+def _wrapped(text: str, inches: float) -> list[str]:
+    return textwrap.wrap(text, max(int(inches * 19), 30))

@@ -1,0 +1,397 @@
+"""What the figures draw: lines, bands, crosses, words in fields, panels, colours, against the numbers they are of."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from fedsweep.manager.results import summarise
+from fedsweep.report.accuracy import accuracy_figures
+from fedsweep.report.curves import curve_figures, over_seeds
+from fedsweep.report.heatmap import heat_figures
+from fedsweep.report.labels import parameters
+from fedsweep.report.look import HUES, scales, style
+from fedsweep.report.panels import assign
+
+T_2 = 4.302652729911275  # Student's t, 0.975, two degrees of freedom
+
+
+@pytest.fixture(autouse=True)
+def looks():
+    with style():
+        yield
+
+
+def accuracy(rows):
+    summary = summarise(rows)
+    return list(accuracy_figures("attack", summary, scales([summary])))
+
+
+def drawn(axes):
+    """The lines of some axes that hold values: label-free data lines with at least one point."""
+    return [line for line in axes.get_lines() if line.get_marker() != "x"]
+
+
+def bands(axes):
+    return [each for each in axes.collections if each.get_paths()]
+
+
+def legend_words(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
+def caption(figure):
+    return figure.get_supxlabel().replace("\n", " ")
+
+
+@pytest.fixture
+def small(make_rows):
+    rows = make_rows({"poison_ratio": [0.0, 0.2, 0.4]}, seeds=(1, 2, 3))
+    rows["mean_test_acc"] = [0.9, 0.8, 0.7, 0.5, 0.6, 0.4, 0.02, 0.01, 0.03]
+    return rows
+
+
+def test_a_line_is_the_mean_over_seeds_in_percent(small):
+    [figure] = accuracy(small)
+    [axes] = figure.axes
+    [line] = drawn(axes)
+    assert line.get_xdata().tolist() == [0, 0.2, 0.4]
+    assert np.allclose(line.get_ydata(), [80, 50, 2])
+    assert axes.get_xlabel() == "Poison ratio ρ"
+    assert axes.get_ylabel() == "Test accuracy (%)"
+
+
+def test_the_band_is_the_95_percent_interval_cut_at_0_and_100(small):
+    [figure] = accuracy(small)
+    [band] = bands(figure.axes[0])
+    half = 100 * T_2 * 0.1 / math.sqrt(3)  # deviation 0.1 at the first two ratios, 0.01 at the last
+    ends = {tuple(np.round(vertex, 6)) for vertex in band.get_paths()[0].vertices}
+    expected = {(0.0, 80 - half), (0.0, 100), (0.2, 50 - half), (0.2, 50 + half), (0.4, 0), (0.4, 2 + half / 10)}
+    assert {(x, round(y, 6)) for x, y in expected} <= ends
+
+
+def test_the_figure_is_named_for_its_phase_and_says_what_is_constant(small):
+    [figure] = accuracy(small)
+    assert figure.get_suptitle() == "attack"
+    assert caption(figure) == (
+        "digits, CNN, width 8, depth 1, label flip, α = 1, order shuffle, FedAvg, batch size 32. "
+        "3 seeds; bands: 95 % confidence interval"
+    )
+
+
+def test_one_seed_has_no_band_and_says_so(make_rows):
+    [figure] = accuracy(make_rows({"poison_ratio": [0.0, 0.3]}, seeds=(1,)))
+    assert bands(figure.axes[0]) == []
+    assert caption(figure).endswith("batch size 32. 1 seed")
+
+
+def test_every_cell_has_its_line_colour_by_one_parameter_and_dashes_by_another(make_rows):
+    grid = {
+        "aggregator": ["fedavg", "median"],
+        "poison_type": ["label_flip", "random_noise"],
+        "poison_ratio": [0.0, 0.3],
+    }
+    [figure] = accuracy(make_rows(grid))
+    [axes] = figure.axes
+    looks = {(to_hex(line.get_color()).upper(), line.get_linestyle(), line.get_marker()) for line in drawn(axes)}
+    assert looks == {(HUES[0], "-", "o"), (HUES[0], "--", "s"), (HUES[2], "-", "o"), (HUES[2], "--", "s")}
+    assert legend_words(figure) == ["aggregator", "FedAvg", "median", "attack", "label flip", "random noise"]
+
+
+def test_a_third_parameter_is_spread_over_panels(make_rows):
+    grid = {
+        "model_type": ["cnn", "lr"],
+        "aggregator": ["fedavg", "median"],
+        "poison_type": ["label_flip", "random_noise"],
+        "poison_ratio": [0.0, 0.1, 0.2, 0.3, 0.4],
+    }
+    [figure] = accuracy(make_rows(grid, seeds=(1, 2, 3, 4, 5)))
+    assert [axes.get_title() for axes in figure.axes] == ["CNN", "LR"]
+    assert [len(drawn(axes)) for axes in figure.axes] == [4, 4]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["Test accuracy (%)", ""]
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
+
+
+def test_no_axes_are_crowded_and_no_point_is_lost_in_a_large_grid(make_rows):
+    grid = {
+        "width_factor": [1, 4, 16, 64],
+        "depth": [1, 2, 4, 8],
+        "poison_ratio": [0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5],
+    }
+    rows = make_rows(grid, seeds=(1, 2, 3, 4, 5))
+    [figure] = accuracy(rows)
+    assert [axes.get_title() for axes in figure.axes] == ["depth 1", "depth 2", "depth 4", "depth 8"]
+    points = [
+        (x, round(y, 9)) for axes in figure.axes for line in drawn(axes) for x, y in zip(*line.get_data(), strict=True)
+    ]
+    means = rows.groupby(["width_factor", "depth", "poison_ratio"])["mean_test_acc"].mean().reset_index()
+    expected = [(ratio, round(100 * mean, 9)) for ratio, mean in means[["poison_ratio", "mean_test_acc"]].to_numpy()]
+    assert sorted(points) == sorted(expected)
+
+
+def test_many_panels_go_to_several_pages(make_rows):
+    grid = {
+        "width_factor": [1, 2, 4],
+        "depth": [1, 2, 3],
+        "alpha": [0.1, 1.0, 10.0],
+        "num_clients": [5, 10, 20],
+        "poison_ratio": [0, 0.3],
+    }
+    figures = accuracy(make_rows(grid, seeds=(1, 2)))
+    titles = [axes.get_title() for figure in figures for axes in figure.axes]
+    assert len(titles) == len(set(titles)) == 27
+    assert [len(figure.axes) for figure in figures] == [12, 12, 3]
+
+
+def test_the_order_of_numbers_is_the_order_of_brightness(make_rows):
+    [figure] = accuracy(make_rows({"alpha": [10.0, 0.1, 1.0], "poison_ratio": [0, 0.3]}))
+    assert legend_words(figure) == ["α", "0.1", "1", "10"]
+    brightness = [np.dot(line.get_color()[:3], [0.3, 0.6, 0.1]) for line in drawn(figure.axes[0])]
+    assert brightness == sorted(brightness)
+    assert brightness[-1] < 0.8
+
+
+def test_a_value_has_the_same_colour_in_every_figure_of_a_report(make_rows):
+    both = summarise(make_rows({"width_factor": [4, 16, 64], "poison_ratio": [0, 0.3]}))
+    some = summarise(make_rows({"width_factor": [16, 64], "poison_ratio": [0, 0.3]}))
+    common = scales([both, some])
+    [one], [other] = (list(accuracy_figures("p", each, common)) for each in (both, some))
+    colours = [[line.get_color() for line in drawn(figure.axes[0])] for figure in (one, other)]
+    assert colours[1] == colours[0][1:]
+
+
+def test_words_have_the_same_colour_in_every_report(make_rows):
+    [figure] = accuracy(make_rows({"aggregator": ["median", "fedavg_uniform"], "poison_ratio": [0, 0.3]}))
+    assert [to_hex(line.get_color()).upper() for line in drawn(figure.axes[0])] == [HUES[1], HUES[2]]
+
+
+def test_diverged_cells_are_crosses_on_the_axis_and_gaps_in_the_line(small):
+    lost = small["poison_ratio"] == 0.2
+    small.loc[lost, "outcome"] = "diverged"
+    small.loc[lost, ["mean_test_acc", "mean_val_acc"]] = np.nan
+    [figure] = accuracy(small)
+    [axes] = figure.axes
+    [line] = drawn(axes)
+    assert np.isnan(line.get_ydata()).tolist() == [False, True, False]
+    [cross] = [each for each in axes.get_lines() if each.get_marker() == "x"]
+    assert cross.get_xdata().tolist() == [0.2]
+    assert "3 diverged runs left out (×: all of a cell)" in caption(figure)
+
+
+def test_if_all_diverged_there_is_still_a_figure(small):
+    small["outcome"] = "diverged"
+    small["mean_test_acc"] = np.nan
+    [figure] = accuracy(small)
+    figure.canvas.draw()
+
+
+def test_a_line_of_one_point_has_a_bar(make_rows):
+    rows = make_rows({"aggregator": ["fedavg", "median"], "poison_ratio": [0.0, 0.3]})
+    [figure] = accuracy(rows[(rows["aggregator"] == "fedavg") | (rows["poison_ratio"] == 0)])
+    lengths = [int(np.isfinite(line.get_ydata()).sum()) for line in drawn(figure.axes[0])]
+    assert lengths == [2, 1]
+    assert len(bands(figure.axes[0])) == 2  # a band and a bar
+
+
+def test_where_the_ratio_is_constant_another_number_is_on_the_axis(make_rows):
+    rows = make_rows({"alpha": [0.1, 1.0, 10.0, 100.0], "aggregator": ["fedavg", "median"]}, poison_ratio=0.3)
+    [figure] = accuracy(rows)
+    [axes] = figure.axes
+    assert axes.get_xlabel() == "α"
+    assert axes.get_xscale() == "log"
+    assert drawn(axes)[0].get_xdata().tolist() == [0.1, 1, 10, 100]
+
+
+def test_where_only_words_vary_points_stand_side_by_side(make_rows):
+    rows = make_rows(
+        {"poison_type": ["label_flip", "random_noise"], "aggregator": ["fedavg", "median"]}, poison_ratio=0.3
+    )
+    [figure] = accuracy(rows)
+    [axes] = figure.axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["label flip", "random noise"]
+    assert {line.get_linestyle() for line in drawn(axes)} == {"None"}
+    places = sorted(place for line in drawn(axes) for place in line.get_xdata())
+    assert len(set(places)) == 4
+    assert "bars: 95 % confidence interval" in caption(figure)
+
+
+def test_one_cell_alone_is_a_point(make_rows):
+    [figure] = accuracy(make_rows({}, seeds=(1,)))
+    assert drawn(figure.axes[0])[0].get_xdata().tolist() == [0]
+    assert legend_words(figure) == []
+
+
+def test_close_ratios_have_ticks_but_not_touching_labels(make_rows):
+    [figure] = accuracy(make_rows({"poison_ratio": [0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4]}))
+    figure.canvas.draw()
+    labels = figure.axes[0].get_xticklabels()
+    assert len(labels) == 7
+    boxes = [label.get_window_extent() for label in labels if label.get_text()]
+    assert len(boxes) >= 3
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+# ------------------------------------------------------------------------------------------------------- heat maps
+
+
+def test_every_field_of_the_map_is_annotated_with_mean_and_deviation(make_rows):
+    rows = make_rows({"width_factor": [1, 4, 16], "depth": [1, 2]})
+    summary = summarise(rows)
+    [figure] = heat_figures("size", summary)
+    axes, bar = figure.axes
+    means = axes.get_images()[0].get_array()
+    assert means.shape == (2, 3)
+    words = {text.get_position(): text.get_text() for text in axes.texts}
+    for cell in summary.to_dict("records"):
+        place = [1, 4, 16].index(cell["width_factor"]), [1, 2].index(cell["depth"])
+        assert means[place[1], place[0]] == pytest.approx(100 * cell["mean_test_acc"])
+        assert words[place] == f"{100 * cell['mean_test_acc']:.1f}\n± {100 * cell['std_test_acc']:.1f}"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "4", "16"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("Width (channels or units)", "Depth (blocks)")
+    assert bar.get_ylabel() == "Test accuracy (%)"
+    assert axes.get_images()[0].origin == "lower"
+
+
+def test_a_map_for_each_ratio_with_one_colour_scale(make_rows):
+    ratios = [0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5]
+    [figure] = heat_figures(
+        "size", summarise(make_rows({"width_factor": [1, 4, 16, 64], "depth": [1, 2, 4, 8], "poison_ratio": ratios}))
+    )
+    maps = [axes for axes in figure.axes if axes.get_images() and axes.get_title()]
+    assert [axes.get_title() for axes in maps] == [f"ρ = {ratio:g}" for ratio in ratios]
+    assert len({axes.get_images()[0].get_clim() for axes in maps}) == 1
+
+
+def test_a_missing_field_is_empty_and_a_diverged_one_says_so(make_rows):
+    rows = make_rows({"width_factor": [1, 4], "depth": [1, 2]})
+    lost = (rows["width_factor"] == 1) & (rows["depth"] == 1)
+    rows.loc[lost, "outcome"] = "diverged"
+    rows.loc[lost, "mean_test_acc"] = np.nan
+    [figure] = heat_figures("size", summarise(rows[(rows["width_factor"] == 1) | (rows["depth"] == 1)]))
+    words = {text.get_position(): text.get_text().split("\n")[0] for text in figure.axes[0].texts}
+    assert set(words) == {(0, 0), (1, 0), (0, 1)}
+    assert words[0, 0] == "div."
+    figure.canvas.draw()
+
+
+def test_words_stand_out_from_their_field(make_rows):
+    rows = make_rows({"width_factor": [1, 4, 16], "depth": [1, 2], "poison_ratio": [0, 0.3, 0.6]})
+    [figure] = heat_figures("size", summarise(rows))
+    for axes in figure.axes[:3]:
+        image = axes.get_images()[0]
+        for text in axes.texts:
+            column, row = text.get_position()
+            field, word = (
+                np.dot(colour[:3], [0.2126, 0.7152, 0.0722]) ** 2.2
+                for colour in (
+                    image.cmap(image.norm(image.get_array()[row, column])),
+                    matplotlib.colors.to_rgb(text.get_color()),
+                )
+            )
+            light, dark = max(field, word), min(field, word)
+            assert (light + 0.05) / (dark + 0.05) > 3
+
+
+def test_a_large_map_shows_means_only(make_rows):
+    [figure] = heat_figures(
+        "size", summarise(make_rows({"width_factor": [1, 2, 4, 8, 16, 32], "depth": [1, 2, 3, 4, 5, 6]}))
+    )
+    assert all("±" not in text.get_text() for text in figure.axes[0].texts)
+
+
+# ---------------------------------------------------------------------------------------------------------- curves
+
+
+def rounds_of(rows, history):
+    return rows[["signature", "phase", "outcome", "seed", *parameters(rows)]].merge(
+        history.drop(columns="seed"), on="signature"
+    )
+
+
+def test_a_curve_is_the_mean_over_seeds_with_its_interval():
+    rounds = pd.DataFrame(
+        {"outcome": "ok", "seed": [1, 1, 2, 2, 3, 3], "round": [1, 2] * 3, "val_acc": [0.1, 0.7, 0.2, 0.8, 0.3, 0.9]}
+    )
+    table = over_seeds(rounds, "val_acc")
+    assert table.index.tolist() == [1, 2]
+    assert table["mean"].tolist() == pytest.approx([0.2, 0.8])
+    assert table["half"].tolist() == pytest.approx([T_2 * 0.1 / math.sqrt(3)] * 2)
+
+
+def test_a_curve_goes_as_far_as_every_seed_went():
+    rounds = pd.DataFrame({"outcome": "ok", "seed": [1, 1, 1, 2, 2], "round": [1, 2, 3, 1, 2], "val_acc": 0.5})
+    assert over_seeds(rounds, "val_acc").index.tolist() == [1, 2]
+
+
+def test_diverged_runs_do_not_cut_the_curve_of_the_others():
+    rounds = pd.DataFrame(
+        {"outcome": ["ok", "ok", "diverged"], "seed": [1, 1, 2], "round": [1, 2, 1], "val_loss": [0.5, 0.4, np.nan]}
+    )
+    assert over_seeds(rounds, "val_loss")["mean"].tolist() == [0.5, 0.4]
+    assert np.isnan(over_seeds(rounds.iloc[2:], "val_loss")["mean"]).all()
+
+
+def test_a_loss_that_is_not_finite_is_a_gap():
+    rounds = pd.DataFrame(
+        {"outcome": "ok", "seed": [1, 1, 1, 2, 2, 2], "round": [1, 2, 3] * 2, "val_loss": [1, np.nan, 2] + [3] * 3}
+    )
+    assert over_seeds(rounds, "val_loss")["mean"].isna().tolist() == [False, True, False]
+
+
+def test_accuracy_stands_above_loss_with_a_line_for_each_cell(make_rows, make_history):
+    rows = make_rows({"model_type": ["cnn", "lr"], "poison_ratio": [0, 0.2, 0.4], "aggregator": ["fedavg", "median"]})
+    rounds = rounds_of(rows, make_history(rows, 8))
+    [figure] = curve_figures("attack", summarise(rows), rounds, scales([rows]))
+    assert [axes.get_ylabel().replace("\n", " ") for axes in figure.axes] == [
+        "Validation accuracy (%)", "", "Validation loss (nats)", "",
+    ]  # fmt: skip
+    assert [axes.get_title() for axes in figure.axes] == ["CNN", "LR", "", ""]
+    assert [len(drawn(axes)) for axes in figure.axes] == [6] * 4
+    first = rounds[(rounds["model_type"] == "cnn") & (rounds["poison_ratio"] == 0) & (rounds["aggregator"] == "fedavg")]
+    assert np.allclose(drawn(figure.axes[0])[0].get_ydata(), 100 * first.groupby("round")["val_acc"].mean())
+    assert np.allclose(drawn(figure.axes[2])[0].get_ydata(), first.groupby("round")["val_loss"].mean())
+    assert legend_words(figure) == ["poison ratio ρ", "0", "0.2", "0.4", "aggregator", "FedAvg", "median"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "Round", "Round"]
+
+
+def test_a_loss_of_many_sizes_has_a_logarithmic_axis(make_rows, make_history):
+    rows = make_rows({"poison_ratio": [0, 0.4]})
+    rounds = rounds_of(rows, make_history(rows, 8))
+    rounds.loc[rounds["poison_ratio"] == 0.4, "val_loss"] *= 100
+    [figure] = curve_figures("attack", summarise(rows), rounds, scales([rows]))
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log"]
+
+
+def test_wide_bands_do_not_dwarf_the_curves(make_rows, make_history):
+    rows = make_rows({"poison_ratio": [0, 0.4]}, seeds=(1, 2))
+    rounds = rounds_of(rows, make_history(rows, 8))
+    rounds.loc[rounds["seed"] == 2, "val_loss"] += 1  # with two seeds t is 12.7, so the half width is 6.4
+    [figure] = curve_figures("attack", summarise(rows), rounds, scales([rows]))
+    highest = max(line.get_ydata().max() for line in drawn(figure.axes[1]))
+    assert figure.axes[1].get_ylim()[1] < 1.7 * highest
+
+
+# ----------------------------------------------------------------------------------------------------------- roles
+
+
+def test_roles_put_together_what_is_compared(make_rows):
+    grid = {
+        "aggregator": ["fedavg", "median"],
+        "poison_level": ["sample", "client"],
+        "alpha": [0.1, 100.0],
+        "poison_ratio": [0, 0.3],
+    }
+    roles = assign(summarise(make_rows(grid)), taken=("poison_ratio",))
+    assert (roles.colour, roles.style, roles.panels) == ("aggregator", "poison_level", ("alpha",))
+
+
+def test_a_parameter_with_many_words_is_spread_over_panels(make_rows):
+    datasets = [f"parquet:set{number}" for number in range(12)]
+    roles = assign(summarise(make_rows({"dataset": datasets, "poison_ratio": [0, 0.3]})), taken=("poison_ratio",))
+    assert (roles.colour, roles.panels) == (None, ("dataset",))

@@ -1,0 +1,688 @@
+"""The worker against a manager that the test controls: what it asks, keeps, delivers and gives back, and when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fedsweep.worker
+from fedsweep.errors import PartitionError, UsageError
+from fedsweep.manager.protocol import decode, encode, parse_request
+from fedsweep.worker import gpu, run_single_experiment, spool, worker_loop
+from fedsweep.worker import task as task_module
+from fedsweep.worker.task import log_name
+
+TOKEN = "a-token"
+SHORT = {"dataset": "digits", "model_type": "lr", "width_factor": 2, "depth": 0, "num_clients": 2, "global_rounds": 2}
+LONG = SHORT | {"global_rounds": 100_000, "early_stopping_patience": None}
+PROVENANCE = {"wall_time_s", "device", "worker", "fedsweep_version", "torch_version", "finished_at"}
+
+Request = dict[str, Any]
+
+
+class FakeManager:
+    """Hands out the tasks given, takes results, and writes down every request. It stops and starts as a test asks."""
+
+    def __init__(self, output_dir: Path, tasks: list[dict[str, Any]]) -> None:
+        self.output_dir = output_dir
+        self.waiting = deque(tasks)
+        self.requests: list[Request] = []
+        self.results: dict[str, Request] = {}
+        self.drop: list[str] = []
+        self.refusals: dict[str, list[str]] = {}  # request type -> error codes to answer, one after another
+        self.lost_acks = 0  # results that are taken, but not acknowledged: the connection breaks
+        self.waits: list[float] = []  # answers "wait" as often before it says that all is done
+        self.before: Callable[[Request], None] = lambda _: None  # called with each request before it is answered
+        self.token = TOKEN
+        self.port = 0
+        self.server: socketserver.ThreadingTCPServer | None = None
+        self.connections: set[socket.socket] = set()
+
+    def start(self) -> FakeManager:
+        manager = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                manager.connections.add(self.request)
+                try:
+                    for line in self.rfile:
+                        answer = manager.answer(decode(line))
+                        if answer is None:
+                            return
+                        self.wfile.write(encode(answer))
+                except OSError:
+                    return
+                finally:
+                    manager.connections.discard(self.request)
+
+        class Server(socketserver.ThreadingTCPServer):
+            allow_reuse_address = True
+            daemon_threads = True
+            block_on_close = False
+
+        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """Go away, with every connection."""
+        if self.server is not None:
+            self.server.shutdown()
+            self.server.server_close()
+        self.server = None
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def answer(self, message: Request) -> Request | None:
+        parse_request(message)  # what a worker sends is always a valid request
+        self.requests.append(message)
+        self.before(message)
+        if message.get("token") != self.token:
+            return {"type": "error", "code": "unauthorized", "message": "the token is wrong"}
+        if self.refusals.get(message["type"]):
+            return {"type": "error", "code": self.refusals[message["type"]].pop(0), "message": "as the test wants it"}
+        return getattr(self, f"on_{message['type']}")(message)
+
+    def on_request_task(self, message: Request) -> Request:
+        if self.waiting:
+            return {"type": "task", "task": self.as_task(self.waiting.popleft())}
+        if self.waits:
+            return {"type": "no_task", "done": False, "retry_after": self.waits.pop(0)}
+        return {"type": "no_task", "done": True, "retry_after": 0}
+
+    def as_task(self, given: dict[str, Any]) -> dict[str, Any]:
+        task = {
+            "task_id": "phase_0_1",
+            "phase": "phase",
+            "seed": 1,
+            "attempt": 7,
+            "heartbeat_s": 60.0,
+            "lease_s": 120.0,
+        }
+        return task | {"output_dir": str(self.output_dir), "config": SHORT} | given
+
+    def on_submit_result(self, message: Request) -> Request | None:
+        status = "duplicate" if message["task_id"] in self.results else "accepted"
+        self.results.setdefault(message["task_id"], message["result_data"])
+        if self.lost_acks:
+            self.lost_acks -= 1
+            return None
+        return {"type": "ack", "status": status}
+
+    def on_heartbeat(self, message: Request) -> Request:
+        return {"type": "ack", "drop": self.drop}
+
+    def on_task_failed(self, message: Request) -> Request:
+        return {"type": "ack"}
+
+    on_release = on_task_failed
+
+    def types(self) -> list[str]:
+        return [request["type"] for request in self.requests]
+
+    def all(self, kind: str) -> list[Request]:
+        return [request for request in list(self.requests) if request["type"] == kind]
+
+
+@pytest.fixture
+def make_manager(tmp_path: Path) -> Iterator[Callable[..., FakeManager]]:
+    made: list[FakeManager] = []
+
+    def make(*tasks: dict[str, Any]) -> FakeManager:
+        made.append(FakeManager(tmp_path / "out", list(tasks)))
+        return made[-1].start()
+
+    yield make
+    for each in made:
+        each.stop()
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / "token").write_text(TOKEN + "\n")
+    return folder
+
+
+@pytest.fixture
+def work(state_dir: Path) -> Callable[..., int]:
+    """Run a worker in this process until it ends; its exit status."""
+
+    def work(manager: FakeManager, **options: Any) -> int:
+        return worker_loop(f"127.0.0.1:{manager.port}", "cpu", state_dir=state_dir, **options)
+
+    return work
+
+
+def science(result: Request) -> Request:
+    return {name: value for name, value in result.items() if name not in PROVENANCE}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {timeout_s:.0f} s: {what}"
+        time.sleep(0.01)
+
+
+def in_a_while(action: Callable[[], object], seconds: float = 0.4) -> None:
+    threading.Timer(seconds, action).start()
+
+
+# ---- the four answers
+
+
+def test_tasks_are_run_until_all_is_done(make_manager, work, state_dir):
+    manager = make_manager({"task_id": "a_0_1", "seed": 1}, {"task_id": "a_0_2", "seed": 2, "attempt": 8})
+    assert work(manager, worker_id="worker-1") == 0
+    assert manager.types() == ["request_task", "submit_result"] * 2 + ["request_task"]
+    assert [(each["task_id"], each["attempt"]) for each in manager.all("submit_result")] == [("a_0_1", 7), ("a_0_2", 8)]
+    for task_id, seed in (("a_0_1", 1), ("a_0_2", 2)):
+        result, history = run_single_experiment(SHORT, seed)
+        assert science(manager.results[task_id]) == science(result) | {"history": history}
+        assert manager.results[task_id]["worker"] == "worker-1"
+    assert {request["worker_id"] for request in manager.requests} == {"worker-1"}
+    assert manager.requests[0]["worker_type"] == manager.requests[0]["device"] == "cpu"
+    assert list((state_dir / "spool").iterdir()) == []
+
+
+def test_wait_is_not_the_end(make_manager, work):
+    manager = make_manager()
+    manager.waits = [0.05, 0.05]
+    asked: list[int] = []
+
+    def task_after_two_waits(message: Request) -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            manager.waiting.append({"task_id": "late_0_1"})
+
+    manager.before = task_after_two_waits
+    assert work(manager) == 0
+    assert list(manager.results) == ["late_0_1"]
+
+
+def test_unreachable_is_not_the_end(make_manager, work):
+    """Neither before the manager is there for the first time, nor later."""
+    manager = make_manager({"task_id": "a_0_1"})
+    manager.stop()
+    in_a_while(manager.start)
+    assert work(manager) == 0
+    assert list(manager.results) == ["a_0_1"]
+
+
+def test_a_manager_that_goes_away_while_we_wait_is_waited_for(make_manager, work):
+    manager = make_manager()
+    manager.waits = [0.2, 0.2]
+
+    def away(message: Request) -> None:
+        if len(manager.requests) == 1:
+            in_a_while(manager.stop, 0.05)
+            in_a_while(lambda: (manager.waiting.append({"task_id": "a_0_1"}), manager.start()), 0.6)
+
+    manager.before = away
+    assert work(manager) == 0
+    assert list(manager.results) == ["a_0_1"]
+
+
+def test_a_manager_that_never_answers_is_given_up_in_the_end(work, caplog, tmp_path):
+    nobody = FakeManager(tmp_path, [])
+    nobody.port = free_port()
+    assert work(nobody, patience_s=0.3) == 1
+    assert f"no manager has ever answered at 127.0.0.1:{nobody.port}; giving up" in caplog.text
+
+
+@pytest.mark.parametrize("code", ["retry_later", "internal", "too_many_connections"])
+def test_a_manager_in_trouble_is_asked_again(make_manager, work, code):
+    manager = make_manager({"task_id": "a_0_1"})
+    manager.refusals = {"request_task": [code]}
+    assert work(manager) == 0
+    assert list(manager.results) == ["a_0_1"]
+
+
+# ---- the token
+
+
+def test_a_token_written_after_the_worker_started_is_found(make_manager, work, state_dir):
+    (state_dir / "token").unlink()
+    manager = make_manager({"task_id": "a_0_1"})
+    manager.stop()
+
+    def begin() -> None:
+        (state_dir / "token").write_text(TOKEN)
+        manager.start()
+
+    in_a_while(begin)
+    assert work(manager) == 0
+    assert list(manager.results) == ["a_0_1"]
+
+
+def test_a_new_token_is_read_when_the_old_one_is_refused(make_manager, work, state_dir):
+    manager = make_manager({"task_id": "a_0_1"}, {"task_id": "a_0_2"})
+
+    def change(message: Request) -> None:
+        if message["type"] == "submit_result" and message["task_id"] == "a_0_1":
+            manager.token = "another"
+            (state_dir / "token").write_text("another")
+
+    manager.before = change
+    assert work(manager) == 0
+    assert list(manager.results) == ["a_0_1", "a_0_2"]
+
+
+@pytest.mark.parametrize(("content", "found"), [("wrong", "not that in"), ("", "there is none in")])
+def test_a_wrong_token_ends_the_worker_with_what_to_do(make_manager, work, state_dir, content, found):
+    (state_dir / "token").write_text(content)
+    with pytest.raises(UsageError) as refused:
+        work(make_manager())
+    assert f"asks for its token, and {found} {state_dir}/token" in str(refused.value)
+    assert "name it by --token-file" in str(refused.value)
+
+
+@pytest.mark.parametrize("address", ["localhost", ":5000", "host:", "host:port", "host:99999", "host:0"])
+def test_a_wrong_address_is_refused(address):
+    with pytest.raises(UsageError, match="expected HOST:PORT"):
+        worker_loop(address, "cpu")
+
+
+# ---- the spool
+
+
+def test_a_result_is_in_the_spool_before_it_is_first_sent(make_manager, work, state_dir):
+    manager = make_manager({"task_id": "a_0_1"})
+    kept: list[list[spool.Undelivered]] = []
+
+    def look(message: Request) -> None:
+        if message["type"] == "submit_result":
+            kept.append(spool.pending(state_dir / "spool"))
+
+    manager.before = look
+    assert work(manager) == 0
+    assert [each.task_id for each in kept[0]] == ["a_0_1"]
+    assert kept[0][0].result_data == manager.results["a_0_1"]
+
+
+def test_a_lost_acknowledgement_is_no_loss(make_manager, work, state_dir):
+    manager = make_manager({"task_id": "a_0_1"})
+    manager.lost_acks = 1
+    assert work(manager) == 0
+    assert len(manager.all("submit_result")) == 2  # the second was told "duplicate"
+    assert manager.all("task_failed") == []
+    assert spool.pending(state_dir / "spool") == []
+
+
+def test_a_manager_away_at_the_end_of_a_task_gets_the_result_later(make_manager, work, state_dir):
+    manager = make_manager({"task_id": "a_0_1"}, {"task_id": "a_0_2"})
+    task_log = manager.output_dir / "logs" / "a_0_1.log"
+
+    def go_away_for_a_while() -> None:
+        until(task_log.exists, "the start of the task")
+        manager.stop()
+        until(lambda: spool.pending(state_dir / "spool"), "the result in the spool")
+        in_a_while(manager.start, 0.3)
+
+    watcher = threading.Thread(target=go_away_for_a_while)
+    manager.waiting[0]["config"] = SHORT | {"global_rounds": 40, "early_stopping_patience": None}
+    watcher.start()
+    assert work(manager) == 0
+    watcher.join()
+    kinds = [kind for kind in manager.types() if kind != "heartbeat"]
+    assert kinds == ["request_task", "submit_result", "request_task", "submit_result", "request_task"]
+    assert list(manager.results) == ["a_0_1", "a_0_2"]
+    assert spool.pending(state_dir / "spool") == []
+
+
+def test_the_next_worker_delivers_what_another_computed(make_manager, work, state_dir):
+    result, history = run_single_experiment(SHORT, 1)
+    spool.put(state_dir / "spool", "left_0_1", 3, result | {"history": history})
+    manager = make_manager({"task_id": "a_0_1"})
+    assert work(manager, worker_id="next") == 0
+    assert manager.types() == ["submit_result", "request_task", "submit_result", "request_task"]
+    first = manager.requests[0]
+    assert (first["task_id"], first["attempt"], first["worker_id"]) == ("left_0_1", 3, "next")
+    assert first["result_data"] == result | {"history": history}
+    assert spool.pending(state_dir / "spool") == []
+
+
+def test_a_worker_that_waits_delivers_what_another_left(make_manager, work, state_dir):
+    result, history = run_single_experiment(SHORT, 1)
+    manager = make_manager()
+    manager.waits = [0.1]
+
+    def leave(message: Request) -> None:
+        if len(manager.requests) == 1:
+            spool.put(state_dir / "spool", "left_0_1", 3, result | {"history": history})
+
+    manager.before = leave
+    assert work(manager) == 0
+    assert manager.types() == ["request_task", "submit_result", "request_task"]
+
+
+def test_a_result_that_is_refused_for_good_is_set_aside_and_the_worker_goes_on(make_manager, work, state_dir, caplog):
+    spool.put(state_dir / "spool", "left_0_1", 3, {"mean_test_acc": 0.5})
+    manager = make_manager({"task_id": "a_0_1"}, {"task_id": "a_0_2"})
+    manager.refusals = {"submit_result": ["unknown_task", "bad_field"]}
+    assert work(manager) == 0
+    assert list(manager.results) == ["a_0_2"]
+    assert [failure["task_id"] for failure in manager.all("task_failed")] == ["a_0_1"]
+    assert len([path for path in (state_dir / "spool").iterdir() if not path.name.endswith(spool.SUFFIX)]) == 2
+    assert "is set aside: as the test wants it" in caplog.text
+
+
+def test_without_a_spool_the_result_is_sent_until_it_arrives(make_manager, work, state_dir, monkeypatch, caplog):
+    monkeypatch.setattr(task_module, "AWAY_PAUSE_S", 0.01)
+
+    def disk_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spool, "put", disk_full)
+    manager = make_manager({"task_id": "a_0_1"})
+    manager.refusals = {"submit_result": ["retry_later", "retry_later"]}
+    assert work(manager) == 0
+    assert list(manager.results) == ["a_0_1"]
+    assert "No space left on device" in caplog.text
+
+
+# ---- failures
+
+
+def test_a_task_that_cannot_be_run_fails_with_its_reason_and_the_next_one_runs(make_manager, work):
+    impossible = SHORT | {"num_clients": 1000}
+    manager = make_manager({"task_id": "bad_0_1", "config": impossible}, {"task_id": "a_0_1"})
+    assert work(manager) == 0
+    (failure,) = manager.all("task_failed")
+    assert (failure["task_id"], failure["attempt"]) == ("bad_0_1", 7)
+    with pytest.raises(PartitionError) as raised:
+        run_single_experiment(impossible, 1)
+    assert failure["error"] == str(raised.value)
+    assert list(manager.results) == ["a_0_1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("mat1 and mat2 do not fit"), "RuntimeError: mat1 and mat2 do not fit"),
+        (
+            torch.OutOfMemoryError("Tried to allocate 2 GiB"),
+            "CUDA out of memory: the experiment does not fit on this GPU.",
+        ),
+    ],
+)
+def test_what_the_code_raises_is_the_reason(make_manager, work, monkeypatch, error, said):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(task_module, "run_single_experiment", fail)
+    manager = make_manager({"task_id": "bad_0_1"})
+    assert work(manager) == 0
+    (failure,) = manager.all("task_failed")
+    assert said in failure["error"]
+    assert (
+        ("Traceback" in failure["error"])
+        == isinstance(error, RuntimeError)
+        != isinstance(error, torch.OutOfMemoryError)
+    )
+    log_text = (manager.output_dir / "logs" / "bad_0_1.log").read_text()
+    assert "Traceback" in log_text
+    assert str(error) in log_text
+
+
+def test_weights_that_are_not_finite_are_a_result_without_metrics(make_manager, work):
+    manager = make_manager({"task_id": "nan_0_1", "config": SHORT | {"lr": 1e30, "max_grad_norm": None}})
+    assert work(manager) == 0
+    assert manager.all("task_failed") == []
+    result = manager.results["nan_0_1"]
+    assert result["outcome"] == "diverged"
+    metrics = [name for name in result if name.startswith(("mean_", "std_"))]
+    assert len(metrics) == 8
+    assert {result[name] for name in [*metrics, "best_epoch", "attack_success_rate", "per_class_test_acc"]} == {None}
+    assert result["history"] == [{"round": 1, "val_loss": None, "val_acc": None, "nonfinite_clients": 2}]
+
+
+# ---- heartbeats
+
+
+def test_heartbeats_tell_rounds_and_metrics_and_a_dropped_task_is_left(make_manager, work):
+    manager = make_manager({"task_id": "long_0_1", "config": LONG, "heartbeat_s": 0.05}, {"task_id": "a_0_1"})
+
+    def drop_after_some_rounds(message: Request) -> None:
+        if message["type"] == "heartbeat" and message["tasks"][0].get("round", 0) >= 3:
+            manager.drop = ["long_0_1"]
+
+    manager.before = drop_after_some_rounds
+    assert work(manager, worker_id="w") == 0
+    beats = [beat["tasks"][0] for beat in manager.all("heartbeat")]
+    rounds = [beat["round"] for beat in beats if "round" in beat]
+    assert rounds == sorted(rounds)
+    assert rounds[-1] >= 3
+    last = beats[-1]
+    assert last["task_id"], last["attempt"] == ("long_0_1", 7)
+    assert last["rounds"] == 100_000
+    assert 0 <= last["val_acc"] <= 1
+    assert last["val_loss"] > 0
+    assert {beat["worker_id"] for beat in manager.all("heartbeat")} == {"w"}
+    assert list(manager.results) == ["a_0_1"]
+    assert manager.all("task_failed") == manager.all("release") == []
+    assert "left: The manager no longer wants" in (manager.output_dir / "logs" / "long_0_1.log").read_text()
+
+
+def test_a_manager_away_or_old_does_not_disturb_the_task(make_manager, work):
+    task = {"task_id": "a_0_1", "config": SHORT | {"global_rounds": 30}, "heartbeat_s": 0.02}
+    manager = make_manager(task)
+    manager.refusals = {"heartbeat": ["internal", "unknown_type"]}
+    assert work(manager) == 0
+    assert list(manager.results) == ["a_0_1"]
+    assert len(manager.all("heartbeat")) == 2  # an old manager is not told a third time
+
+
+# ---- the experiment's own log
+
+
+def test_the_log_of_an_experiment_tells_its_story_and_a_second_attempt_appends(make_manager, work):
+    bad = {"task_id": "a_0_1", "config": SHORT | {"num_clients": 1000}, "attempt": 1}
+    manager = make_manager(bad, {"task_id": "a_0_1", "attempt": 2})
+    assert work(manager, worker_id="w") == 0
+    text = (manager.output_dir / "logs" / "a_0_1.log").read_text()
+    lines = [line[24:] for line in text.splitlines() if line.startswith("20")]
+    assert [line.split(":")[0] for line in lines] == ["start", "failed", "start", "round 1/2", "round 2/2", "result"]
+    assert lines[2].startswith("start: attempt 2 by w on cpu: {")
+    assert json.loads(lines[2].split(": ", 2)[2]) == SHORT | {"seed": 1}
+    _, history = run_single_experiment(SHORT, 1)
+    assert lines[3] == f"round 1/2: validation loss {history[0]['val_loss']}, accuracy {history[0]['val_acc']}"
+    assert lines[5].startswith(f"result: ok, test accuracy {manager.results['a_0_1']['mean_test_acc']}, ")
+    assert "Traceback" in text
+    assert "PartitionError" in text
+
+
+def test_a_log_that_cannot_be_written_costs_no_result(make_manager, work, caplog):
+    manager = make_manager({"task_id": "a_0_1"})
+    manager.output_dir.write_text("a file where the folder should be")
+    assert work(manager) == 0
+    assert list(manager.results) == ["a_0_1"]
+    assert "a_0_1 has no log: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("task_id", "name"),
+    [
+        ("attack_3_42", r"attack_3_42\.log"),
+        ("größe 1_3_42", r"größe 1_3_42\.log"),
+        ("../../etc_3_42", r"\.\._\.\._etc_3_42-[0-9a-f]{8}\.log"),
+        ("a\0b\n_3_42", r"a_b__3_42-[0-9a-f]{8}\.log"),
+        ("x" * 300, r"x{200}-[0-9a-f]{8}\.log"),
+    ],
+)
+def test_a_log_name_stays_in_its_folder(task_id, name):
+    assert re.fullmatch(name, log_name(task_id))
+    assert log_name(f"{task_id}/") != log_name(task_id)
+
+
+# ---- stop signals, in processes of their own
+
+# A worker that holds a GPU (a fake one; it trains on the CPU all the same).
+WORKER = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+from fedsweep.worker import device, worker_loop
+device._only_visible = lambda gpu_id: device.Device("cpu", gpu_id)
+sys.exit(worker_loop(sys.argv[1], sys.argv[2], state_dir=sys.argv[3], lock_dir=sys.argv[4]))
+"""
+FAKE_NVML = """
+class NVMLError(Exception): pass
+class Memory: free = 8 * 2**30
+def nvmlInit(): pass
+nvmlShutdown = nvmlInit
+def nvmlDeviceGetCount(): return 1
+def nvmlDeviceGetHandleByIndex(index): return index
+def nvmlDeviceGetUUID(index): return "GPU-0"
+def nvmlDeviceGetMemoryInfo(index): return Memory
+"""
+
+
+class WorkerProcess(subprocess.Popen[bytes]):
+    """A worker in a process of its own; `log` is what it says."""
+
+    def __init__(self, manager: FakeManager, device: str, state_dir: Path) -> None:
+        folder = state_dir.parent
+        self.log = folder / f"worker-{manager.port}.log"
+        nvml = folder / "nvml"
+        nvml.mkdir(exist_ok=True)
+        (nvml / "pynvml.py").write_text(FAKE_NVML)
+        environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(nvml), os.environ.get("PYTHONPATH", "")])
+        arguments = [f"127.0.0.1:{manager.port}", device, str(state_dir), str(folder / "locks")]
+        with self.log.open("wb") as log:
+            super().__init__([sys.executable, "-c", WORKER, *arguments], env=environment, stderr=log)
+
+
+@pytest.fixture
+def start_worker(state_dir: Path) -> Iterator[Callable[..., WorkerProcess]]:
+    started: list[WorkerProcess] = []
+
+    def start(manager: FakeManager, device: str = "cpu") -> WorkerProcess:
+        started.append(WorkerProcess(manager, device, state_dir))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+# One round of this takes minutes: the signal must be heard in the middle of it.
+ONE_LONG_ROUND = SHORT | {"model_type": "cnn", "width_factor": 64, "depth": 8, "local_epochs": 1000, "global_rounds": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"), [(ONE_LONG_ROUND, signal.SIGTERM), (LONG, signal.SIGINT)], ids=["in a round", "many rounds"]
+)
+def test_a_stop_signal_gives_the_task_and_the_gpu_back_and_ends_in_order(
+    make_manager, start_worker, tmp_path, config, kind
+):
+    manager = make_manager({"task_id": "long_0_1", "config": config, "heartbeat_s": 0.2}, {"task_id": "never_0_1"})
+    worker = start_worker(manager, "cuda:0")
+    until(lambda: len(manager.all("heartbeat")) >= 2, "two heartbeats")
+    lock = tmp_path / "locks" / "gpu_0.lock"
+    assert lock.read_text() == str(worker.pid)
+    assert manager.all("request_task")[0]["gpu_id"] == 0
+
+    worker.send_signal(kind)
+    assert worker.wait(timeout=5) == 0
+    (release,) = manager.all("release")
+    assert (release["task_id"], release["attempt"]) == ("long_0_1", 7)
+    assert len(manager.all("request_task")) == 1
+    assert manager.all("task_failed") == manager.all("submit_result") == []
+    assert lock.read_text() == ""
+    assert "left: the worker was asked to stop" in (manager.output_dir / "logs" / "long_0_1.log").read_text()
+
+
+def test_a_stop_signal_ends_a_worker_that_waits_or_whose_manager_is_away_or_silent(make_manager, start_worker):
+    """Three workers: one is told to wait a minute, one finds nobody, one gets no answer."""
+    patient, gone, silent = make_manager(), make_manager(), make_manager()
+    patient.waits = [60.0]
+    gone.stop()
+    silent.before = lambda _: time.sleep(60)
+    workers = [start_worker(manager) for manager in (patient, gone, silent)]
+    until(
+        lambda: patient.requests and silent.requests and "trying again" in workers[1].log.read_text(), "three workers"
+    )
+    for worker in workers:
+        worker.terminate()
+    assert [worker.wait(timeout=5) for worker in workers] == [0, 0, 0]
+
+
+def test_a_task_that_arrives_with_the_signal_is_given_back(make_manager, start_worker):
+    manager = make_manager({"task_id": "a_0_1"})
+    started: list[WorkerProcess] = []
+
+    def signal_before_the_answer(message: Request) -> None:
+        if message["type"] == "request_task":
+            started[0].terminate()
+            time.sleep(0.3)
+
+    manager.before = signal_before_the_answer
+    started.append(start_worker(manager))
+    assert started[0].wait(timeout=30) == 0
+    assert manager.types() == ["request_task", "release"]
+
+
+def test_a_second_signal_ends_a_worker_at_once_and_leaves_no_lock(make_manager, start_worker, tmp_path):
+    manager = make_manager({"task_id": "long_0_1", "config": LONG, "heartbeat_s": 0.2})
+    manager.before = lambda message: time.sleep(60 if message["type"] == "release" else 0)
+    worker = start_worker(manager, "cuda:0")
+    until(lambda: manager.all("heartbeat"), "a heartbeat")
+    worker.terminate()
+    until(lambda: manager.all("release"), "the release")
+    worker.terminate()
+    assert worker.wait(timeout=5) == 128 + signal.SIGTERM
+    assert get_lock(tmp_path / "locks") == "free"
+
+
+def get_lock(folder: Path) -> str:
+    """Whether the lock of GPU 0 can be had."""
+    gpu.claim_gpu(gpu.Gpu(0, "GPU-0", 8 * 2**30), folder)
+    gpu.release_gpu_lock(0)
+    return "free"
+
+
+# ---- what is loaded
+
+
+def test_importing_the_package_does_not_load_torch_and_every_name_is_there():
+    code = """
+import sys, fedsweep.worker
+assert not {"torch", "numpy", "pandas"} & set(sys.modules), "import fedsweep.worker"
+fedsweep.worker.get_available_gpu, fedsweep.worker.request_task_from_manager, fedsweep.worker.submit_result_to_manager
+assert not {"torch", "numpy", "pandas"} & set(sys.modules), "the client and the locks"
+for name in fedsweep.worker.__all__:
+    getattr(fedsweep.worker, name)
+assert "pandas" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="has no attribute nothing"):
+        fedsweep.worker.nothing
