@@ -110,8 +110,6 @@ def _estimate_lines(estimate: Estimate, waiting: int) -> list[str]:
     lines = []
     if estimate.seconds is not None:
         per_hour = waiting / estimate.seconds * 3600
-        lines.append(
-            f"About {duration(estimate.seconds)} on one worker ({estimate.device}), {per_hour:,.0f} experiments per hour; "
-            "early stopping may make it less."
-        )
+        rate = f"{per_hour:,.0f} experiments per hour on one worker ({estimate.device})"
+        lines.append(f"About {duration(estimate.seconds)}, {rate}; early stopping may make it less.")
     return [*lines, *estimate.notes]

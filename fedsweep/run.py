@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedsweep.launch.local import LocalSweep
 from fedsweep.manager.results import finished_signatures
 from fedsweep.manager.server import read_token
 from fedsweep.manager.sources import read_sources, split_arguments
+from fedsweep.manager.state_dir import STATUS_FILE
 from fedsweep.plan.config import parse
 from fedsweep.plan.grid import Grid, expand
 from fedsweep.report.display import choose, duration, panel
@@ -56,7 +58,7 @@ def run_sweep(request: RunRequest) -> int:
     """
     paths, overrides = split_arguments(request.arguments)
     grid = expand(parse(read_sources(paths), overrides), request.max_tasks)
-    say = _no_words if request.quiet or request.as_json else Console().print
+    say = _no_words if request.quiet or request.as_json else partial(Console().print, soft_wrap=True, highlight=False)
     say(_headline(grid))
     _fetch_data(grid, request.data_dir)
     num_workers, device = _workers_and_device(request, say)
@@ -71,13 +73,14 @@ def run_sweep(request: RunRequest) -> int:
     )
     try:
         with _stop_signals():
-            status = _watch(sweep, request)
+            _watch(sweep, request)
     except KeyboardInterrupt:
         say(f"Stopped. Everything finished is kept in {request.state_dir}; the same command goes on from there.")
         return INTERRUPTED
     code = sweep.manager.returncode
     if code not in (0, 1):
         raise FedsweepError(f"the manager could not run the sweep:\n{sweep.manager.log_tail()}")
+    status = _last_status(request.state_dir)
     _finish(grid, status, request, time.monotonic() - started_at, int(code))
     return int(code)
 
@@ -142,20 +145,19 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(kind, handler)
 
 
-def _watch(sweep: LocalSweep, request: RunRequest) -> dict[str, Any]:
-    """Show the sweep until its manager ends; the last status seen."""
-    status: dict[str, Any] = {}
+def _watch(sweep: LocalSweep, request: RunRequest) -> None:
+    """Show the sweep until its manager ends."""
     try:
         sweep.start()
         with choose(quiet=request.quiet, as_json=request.as_json) as display:
             while sweep.keep_alive():
-                status = _status_or_none(sweep, request.state_dir) or status
-                if status:
+                if status := _status_or_none(sweep, request.state_dir):
                     display.update(status)
                 time.sleep(POLL_S)
+            if sweep.manager.returncode in (0, 1) and (last := _last_status(request.state_dir)):
+                display.update(last)
     finally:
         sweep.stop()
-    return status
 
 
 def _status_or_none(sweep: LocalSweep, state_dir: Path) -> dict[str, Any] | None:
@@ -165,12 +167,22 @@ def _status_or_none(sweep: LocalSweep, state_dir: Path) -> dict[str, Any] | None
         return None  # the manager is being started again
 
 
+def _last_status(state_dir: Path) -> dict[str, Any]:
+    """How the sweep stood when its manager ended; empty where that could not be written."""
+    try:
+        status: dict[str, Any] = json.loads((state_dir / STATUS_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return status
+
+
 def _finish(grid: Grid, status: Mapping[str, Any], request: RunRequest, seconds: float, code: int) -> None:
     """Report what was found: the table, the plots, what failed."""
-    from fedsweep.report import report
+    from fedsweep.report import has_results, report
     from fedsweep.report.tables import show_report
 
-    made = report([Path(folder) for folder in _output_dirs(grid)])
+    folders = [Path(folder) for folder in _output_dirs(grid)]
+    made = report([folder for folder in folders if has_results(folder)])
     if request.as_json:
         counts = {name: status.get(name) for name in ("total", "complete", "failed")}
         files = [str(path) for path in made.files]
@@ -183,9 +195,11 @@ def _finish(grid: Grid, status: Mapping[str, Any], request: RunRequest, seconds:
 
 
 def _failures(status: Mapping[str, Any], state_dir: Path) -> str:
-    lines = [f"{status.get('failed', 'Some')} experiments failed for good:"]
+    count = status.get("failed", 0)
+    lines = [f"{count} experiment{'s' * (count != 1)} failed for good:"]
     lines += [f"  {failure['task_id']}: {failure['error']}" for failure in status.get("failures", ())]
-    return "\n".join([*lines, f"Each has a log in its output folder's logs/; those of the workers are in {state_dir}/logs."])
+    lines.append(f"Each has a log in its output folder's logs/; those of the workers are in {state_dir}/logs.")
+    return "\n".join(lines)
 
 
 def ask_status(state_dir: Path, manager: str | None = None, token_file: Path | None = None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fedsweep.manager.records import PlanChange, Verdict
 from fedsweep.manager.refresher import Refresher
 from fedsweep.manager.server import serve_connection
 from fedsweep.manager.sources import read_sources
-from fedsweep.manager.state_dir import LEDGER_FILE
+from fedsweep.manager.state_dir import LEDGER_FILE, write_last_status
 from fedsweep.manager.state_json import read_state, write_state
 from fedsweep.manager.sweep import LEGACY_LEASE_S, OpenSweep
 from fedsweep.manager.views import CompletedSignatures, Tasks
@@ -341,6 +341,7 @@ class ExperimentManager:
         if self.stops < 2:
             self.sweep.write_outputs()
         self.save_state()
+        write_last_status(self.state_dir, self.get_status())
         log.info("%d complete, %d failed, %d left", counts.complete, counts.failed, counts.pending + counts.assigned)
         if not counts.is_terminal:
             return INTERRUPTED

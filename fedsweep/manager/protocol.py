@@ -39,6 +39,7 @@ LEGACY_ACK = 1024
 SHOWN = 80  # characters of a wrong value that a message repeats
 MAX_DIGITS = 400  # of one number
 MAX_ERROR = 8_000  # characters that are kept of what a failed task raised
+MAX_REASON = 500  # characters of the message of an error, so that old clients can read it
 
 ERROR_CODES = {
     "not_an_object": "The bytes are not a JSON object.",
@@ -455,4 +456,4 @@ def _first_problem(error: ValidationError) -> str:
 
 def error_message(code: str, message: str) -> dict[str, str]:
     """The answer to a request that cannot be served."""
-    return {"type": "error", "code": code, "message": message}
+    return {"type": "error", "code": code, "message": message[:MAX_REASON]}

@@ -6,15 +6,17 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from fedsweep.errors import StateError, StateHeldError
 
 LEDGER_FILE = "ledger.sqlite3"
 TOKEN_FILE = "token"
 ADDRESS_FILE = "manager.json"
+STATUS_FILE = "last_status.json"
 LOCK_FILE = "manager.lock"
 
 
@@ -61,12 +63,21 @@ class StateLock:
 
 def write_address(state_dir: Path, host: str, port: int) -> None:
     """Leave word where the manager of this state directory listens."""
-    path = state_dir / ADDRESS_FILE
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_text(json.dumps({"host": host, "port": port, "pid": os.getpid()}) + "\n")
-    os.replace(fresh, path)
+    _write_json(state_dir / ADDRESS_FILE, {"host": host, "port": port, "pid": os.getpid()})
 
 
 def remove_address(state_dir: Path) -> None:
     """Take that word back."""
     (state_dir / ADDRESS_FILE).unlink(missing_ok=True)
+
+
+def write_last_status(state_dir: Path, status: Mapping[str, Any]) -> None:
+    """Leave word how the sweep stood when its manager ended."""
+    _write_json(state_dir / STATUS_FILE, status)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Put a file in place whole: whoever reads it finds the old content or the new."""
+    fresh = path.with_name(f"{path.name}.tmp")
+    fresh.write_text(json.dumps(content) + "\n")
+    os.replace(fresh, path)

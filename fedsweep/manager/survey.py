@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedsweep.manager.adoption import describe, has_signature, is_row_of, match, read_result
-from fedsweep.manager.columns import OWN_COLUMNS, format_row, header, line
+from fedsweep.manager.columns import OWN_COLUMNS, format_row, header, line, unguard
 from fedsweep.manager.csv_lines import Header, read_header, read_row, split
 from fedsweep.manager.ledger import differs
 from fedsweep.manager.ledger_view import LedgerView
@@ -118,10 +118,13 @@ class Surveyor:
             survey.matched_by_columns.append(number)
 
     def _is_ours(self, task: Task, row: dict[str, str]) -> bool:
-        """Whether this is the row of a cell that has its result, however it is written."""
-        if task.status != "complete":
-            return False
-        cells = (cell for cell in self._view.rows_of(task.number) if cell.output_dir == self._output_dir)
+        """Whether this is the row of a cell that has its result, however it is written.
+
+        A row without a signature may name an attack that the cell spells otherwise, where none takes place.
+        """
+        cells = [cell for cell in self._view.rows_of(task.number) if cell.output_dir == self._output_dir]
+        if not has_signature(row):
+            return any(cell.phase == unguard(row.get("phase", "")) for cell in cells)
         return any(is_row_of(cell.spelled, cell.phase, row) for cell in cells)
 
 

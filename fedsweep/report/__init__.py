@@ -12,7 +12,7 @@ from fedsweep.errors import DataError, UsageError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FolderReport", "Report", "report"]
+__all__ = ["FolderReport", "Report", "has_results", "report"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,17 @@ def report(
         places = {folder: Path(out) / name for folder, name in zip(folders, _distinct_names(folders), strict=True)}
     plots = _plot(rows, summaries, places, formats)
     return Report(tuple(FolderReport(folder, summaries[folder], plots[folder]) for folder in folders))
+
+
+def has_results(folder: Path) -> bool:
+    """Whether an output folder has a row yet."""
+    from fedsweep.manager.columns import FILE_NAME
+
+    try:
+        with (folder / FILE_NAME).open("rb") as rows:
+            return sum(1 for _ in rows) > 1
+    except FileNotFoundError:
+        return False
 
 
 def _read(folder: Path) -> pd.DataFrame:

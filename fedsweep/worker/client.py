@@ -110,7 +110,7 @@ class ManagerClient:
             try:
                 return self._exchange(request)
             except OSError as error:
-                reason = f"no manager answers at {self.host}:{self.port} ({error})"
+                reason = f"no manager answers at {self.host}:{self.port} ({error.strerror or error})"
                 self.close()
             except ProtocolError as error:
                 # Whoever this is did not refuse the request: it did not understand it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -62,8 +63,9 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
+    """An empty current folder, on a disk that nobody waits for: no test that uses it pulls a plug."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     return tmp_path
 
 
@@ -111,6 +113,7 @@ def managers(folder: Path, clock: FakeClock) -> Iterator[Callable[..., Experimen
             configs = ["sweep.yaml"]
         manager = ExperimentManager(configs, port=0, **{"clock": clock, **options})
         made.append(manager)
+        manager.sweep.ledger._db.execute("PRAGMA synchronous = OFF")
         if configs:
             manager.load_all_configs()
             if not manager.load_state():

@@ -2,7 +2,7 @@
 
 Such a client opens a connection, sends one JSON object without a newline and without closing its side, reads the
 answer with a single `recv` (8,192 bytes; 1,024 for an acknowledgement) and closes. Such a manager reads until the
-object is complete, answers without a newline, and closes. `tests/golden` has what they say to each other, word for word.
+object is complete, answers without a newline, and closes. `tests/golden` has what they say, word for word.
 """
 
 from __future__ import annotations
