@@ -91,7 +91,9 @@ def show_plan(plan: Plan, *, as_json: bool = False) -> None:
         table.add_column(name, justify="right")
     table.add_column("the same as in")
     for name, phase in plan.phases.items():
-        same = ", ".join(f"{other} ({count})" for other, count in phase.duplicate_of.items())
+        same = ", ".join(
+            f"{'itself' if other == name else other} ({count})" for other, count in phase.duplicate_of.items()
+        )
         table.add_row(name, str(phase.experiments), str(phase.duplicates), str(phase.complete), same)
     table.add_row("all", str(plan.total), str(plan.duplicates), str(plan.complete), "", style="bold")
     console.print(table)

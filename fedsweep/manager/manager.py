@@ -302,17 +302,27 @@ class ExperimentManager:
     def stop(self) -> None:
         """Hand out nothing more and end: once no attempt is open or the grace is over; at once if told twice."""
         self.stops += 1
-        self.sweep.hands_out = False
+        with self.lock:
+            if self._open_sweep is not None:
+                self._open_sweep.hands_out = False
         log.info("stopping%s", " now" if self.stops > 1 else "; results of running tasks are still taken")
 
     def start(self) -> int:
         """Run the sweep to its end; the exit status: 0 all complete, 1 some failed for good, 130 stopped before.
+
+        The state directory is let go at the end; to look at the tasks afterwards opens it again.
 
         Raises:
             ConfigError: a configuration is wrong; nothing was started.
             StateError: the state directory cannot be used, or another manager holds it.
             UsageError: there is nothing to run, or the address cannot be listened on.
         """
+        try:
+            return self._run()
+        finally:
+            self.close()
+
+    def _run(self) -> int:
         if self.configs:
             self.load_all_configs()
         if self.load_state():

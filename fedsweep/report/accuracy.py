@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsweep.report.labels import axis_of, is_empty, is_numeric, levels, value_of, varying
-from fedsweep.report.look import Scales, new_figure, outer_labels, percent
+from fedsweep.report.look import ACCURACY_LEAST, FAINT, Scales, limits, new_figure, outer_labels, percent
 from fedsweep.report.panels import (
     Panel,
     Roles,
@@ -70,8 +70,8 @@ def accuracy_figures(phase: str, cells: pd.DataFrame, scales: Scales) -> Iterato
     roles = assign(cells, taken=(x.parameter,))
     every = panels(cells, roles.panels)
     columns = columns_for(cells, roles.panels, len(every))
-    for page in pages(every, columns, PANELS_ON_A_PAGE):
-        yield _page(phase, cells, page, columns, x, roles, scales)
+    for title, page in pages(phase, every, columns, PANELS_ON_A_PAGE):
+        yield _page(title, cells, page, columns, x, roles, scales)
 
 
 def _x_axis(cells: pd.DataFrame) -> XAxis:
@@ -82,7 +82,7 @@ def _x_axis(cells: pd.DataFrame) -> XAxis:
 
 
 def _page(
-    phase: str, cells: pd.DataFrame, page: Sequence[Panel], columns: int, x: XAxis, roles: Roles, scales: Scales
+    title: str, cells: pd.DataFrame, page: Sequence[Panel], columns: int, x: XAxis, roles: Roles, scales: Scales
 ) -> Figure:
     rows = math.ceil(len(page) / columns)
     figure = new_figure(width_of(columns, roles), (2.5 if rows == 1 else 1.75 * rows) + 0.6)
@@ -95,7 +95,7 @@ def _page(
     _set_x_axis(grid[0], x)
     _set_y_limits(grid[0], cells)
     legend(figure, cells, roles, scales, "line and marker" if x.is_continuous else "marker")
-    caption(figure, phase, cells, f"{'bands' if x.is_continuous else 'bars'}: 95 % confidence interval")
+    caption(figure, title, cells, f"{'bands' if x.is_continuous else 'bars'}: 95 % confidence interval")
     return figure
 
 
@@ -116,7 +116,7 @@ def _draw_line(axes: Axes, own: pd.DataFrame, x: XAxis, appearance: dict[str, An
     if np.isfinite(halves).any():
         low, high = np.clip(means - halves, 0, 100), np.clip(means + halves, 0, 100)
         if x.is_continuous and np.isfinite(means).sum() > 1:
-            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(places, low, high, color=colour, alpha=FAINT, linewidth=0)
         else:
             axes.vlines(places, low, high, color=colour, linewidth=0.9)
     lost = places[own["n_seeds"].to_numpy() == 0]
@@ -152,11 +152,8 @@ def _spaced(labels: list[str], places: npt.NDArray[np.float64]) -> list[str]:
 
 
 def _set_y_limits(axes: Axes, cells: pd.DataFrame) -> None:
-    """Room for every mean and band, but never beyond 0 and 100."""
-    means = cells["mean_test_acc"].to_numpy(float)
-    halves = np.nan_to_num(cells["ci95_test_acc"].to_numpy(float))
-    ends = 100 * np.clip(np.concatenate([means - halves, means + halves]), 0, 1)
-    ends = ends[np.isfinite(ends)]
-    if len(ends):
-        margin = max(0.04 * (ends.max() - ends.min()), 0.5)
-        axes.set_ylim(max(ends.min() - margin, -2), min(ends.max() + margin, 102))
+    means = 100 * cells["mean_test_acc"].to_numpy(float)
+    halves = 100 * cells["ci95_test_acc"].to_numpy(float)
+    ends = limits(means, np.clip(means - halves, 0, 100), np.clip(means + halves, 0, 100), ACCURACY_LEAST)
+    if ends:
+        axes.set_ylim(ends)

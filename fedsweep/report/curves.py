@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from fedsweep.report.look import Scales, new_figure, outer_labels
+from fedsweep.report.look import ACCURACY_LEAST, FAINT, Numbers, Scales, limits, new_figure, outer_labels
 from fedsweep.report.panels import (
     Panel,
     Roles,
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS_ON_A_PAGE = 8
+MOST_PANELS = 48
 METRICS = {"val_acc": "Validation\naccuracy (%)", "val_loss": "Validation\nloss (nats)"}
-LEEWAY = 1.5  # a band may go so many times beyond the means before the axis cuts it off
 LOG_FROM = 30.0  # a loss axis whose largest value is that many times its least is logarithmic
 
 
@@ -39,13 +38,17 @@ def curve_figures(phase: str, cells: pd.DataFrame, rounds: pd.DataFrame, scales:
     """Validation accuracy (above) and loss (below) after each round: the mean over seeds with its 95 % interval.
 
     A line goes as far as every seed of its cell went, for beyond that the mean is of the seeds that stopped late.
-    Diverged runs are left out where the cell has others.
+    Diverged runs are left out where the cell has others. Of a very large grid the first panels are drawn, and the last
+    page says how many are not.
     """
     roles = assign(rounds, first=("poison_ratio",))
     every = panels(rounds, roles.panels)
+    hidden = len(every) - MOST_PANELS
     columns = columns_for(rounds, roles.panels, len(every))
-    for page in pages(every, columns, PANELS_ON_A_PAGE):
-        yield _page(phase, cells, rounds, page, columns, roles, scales)
+    for title, page in pages(phase, every[:MOST_PANELS], columns, PANELS_ON_A_PAGE):
+        is_cut = hidden > 0 and page[-1] is every[MOST_PANELS - 1]
+        note = f"{hidden} more panels are not drawn; their rounds are in history.parquet" if is_cut else ""
+        yield _page(title, cells, rounds, page, columns, roles, scales, note)
 
 
 def over_seeds(rounds: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -69,13 +72,14 @@ def over_seeds(rounds: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _page(
-    phase: str,
+    title: str,
     cells: pd.DataFrame,
     rounds: pd.DataFrame,
     page: Sequence[Panel],
     columns: int,
     roles: Roles,
     scales: Scales,
+    note: str,
 ) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
@@ -93,11 +97,11 @@ def _page(
         axes.set_title(panel.title)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     legend(figure, rounds, roles, scales, "line")
-    caption(figure, phase, cells, "bands: 95 % confidence interval")
+    caption(figure, title, cells, "bands: 95 % confidence interval", note)
     return figure
 
 
-def _draw(axes: Axes, panel: Panel, metric: str, roles: Roles, scales: Scales) -> npt.NDArray[np.float64]:
+def _draw(axes: Axes, panel: Panel, metric: str, roles: Roles, scales: Scales) -> Numbers:
     """Draw the lines of a panel; their means and the ends of their bands [3, points]."""
     factor, top = (100.0, 100.0) if metric == "val_acc" else (1.0, np.inf)
     drawn = []
@@ -109,25 +113,22 @@ def _draw(axes: Axes, panel: Panel, metric: str, roles: Roles, scales: Scales) -
         marker = "." if len(table) == 1 else ""
         axes.plot(table.index, means, **appearance | {"marker": marker})
         if np.isfinite(halves).any():
-            axes.fill_between(table.index, low, high, color=appearance["color"], alpha=0.15, linewidth=0)
+            axes.fill_between(table.index, low, high, color=appearance["color"], alpha=FAINT, linewidth=0)
         drawn.append(np.stack([means, low, high]))
     return np.concatenate(drawn, axis=1)
 
 
-def _share_limits(axes: Sequence[Axes], metric: str, drawn: npt.NDArray[np.float64]) -> None:
-    """One scale for all panels: room for every mean, and for bands as far as they do not dwarf the means."""
+def _share_limits(axes: Sequence[Axes], metric: str, drawn: Numbers) -> None:
+    """One scale for all panels."""
     means, low, high = drawn
-    means = means[np.isfinite(means)]
-    if not len(means):
+    if not np.isfinite(means).any():
         return
-    bottom, top = float(np.nanmin([means.min(), *low])), float(np.nanmax([means.max(), *high]))
-    if metric == "val_loss":
-        bottom, top = max(bottom, means.min() / LEEWAY), min(top, means.max() * LEEWAY)
-    is_log = metric == "val_loss" and means.min() > 0 and means.max() > LOG_FROM * means.min()
-    margin = 0.04 * (top - bottom) or 0.5
+    lowest, highest = float(np.nanmin(means)), float(np.nanmax(means))
+    ends = limits(means, low, high, ACCURACY_LEAST if metric == "val_acc" else highest / 2)
+    is_log = metric == "val_loss" and 0 < lowest < highest / LOG_FROM
     for each in axes:
         if is_log:
             each.set_yscale("log")
-            each.set_ylim(bottom / 1.1, top * 1.1)
+            each.set_ylim(lowest / 1.5, highest * 1.5)
         else:
-            each.set_ylim(bottom - margin, top + margin)
+            each.set_ylim(ends)

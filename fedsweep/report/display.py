@@ -163,9 +163,9 @@ def _workers(status: Mapping[str, Any]) -> list[Table | Text]:
     workers = sorted(status.get("workers", ()), key=lambda worker: str(worker["worker_id"]))
     if not workers:
         return [Text("waiting for workers …", "dim")]
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(no_wrap=True, style="dim")
-    table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)  # what gives way in a narrow terminal
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
     for number, worker in enumerate(workers[:SHOWN_WORKERS]):
@@ -181,7 +181,7 @@ def _activity(worker: Mapping[str, Any]) -> tuple[Text, Text, Text]:
         return Text("waiting for a task", "dim"), Text(), Text()
     rounds = f"round {worker['round']}/{worker['rounds']}" if worker.get("round") else "starting"
     accuracy = worker.get("val_acc")
-    shown = Text(f"validation accuracy {accuracy:.3f}" if accuracy is not None else "")
+    shown = Text(f"val. accuracy {accuracy:.3f}" if accuracy is not None else "")
     return Text(f"{worker.get('phase') or ''}: {worker.get('label') or worker['task_id']}"), Text(rounds), shown
 
 

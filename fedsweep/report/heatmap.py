@@ -35,11 +35,11 @@ def heat_figures(phase: str, cells: pd.DataFrame) -> Iterator[Figure]:
     means = 100 * cells["mean_test_acc"].to_numpy(float)
     finite = means[np.isfinite(means)]
     limits = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 100.0)
-    for page in pages(every, columns, PANELS_ON_A_PAGE):
-        yield _page(phase, cells, page, columns, limits)
+    for title, page in pages(phase, every, columns, PANELS_ON_A_PAGE):
+        yield _page(title, cells, page, columns, limits)
 
 
-def _page(phase: str, cells: pd.DataFrame, page: Sequence[Panel], columns: int, limits: tuple[float, float]) -> Figure:
+def _page(title: str, cells: pd.DataFrame, page: Sequence[Panel], columns: int, limits: tuple[float, float]) -> Figure:
     widths, depths = levels("width_factor", cells["width_factor"]), levels("depth", cells["depth"])
     rows = math.ceil(len(page) / columns)
     side = (max(0.42 * len(widths), 1.2), max(0.34 * len(depths), 1.0))
@@ -52,7 +52,7 @@ def _page(phase: str, cells: pd.DataFrame, page: Sequence[Panel], columns: int, 
     outer_labels(grid[: len(page)], columns, axis_of("width_factor"), axis_of("depth"))
     bar = figure.colorbar(image, ax=grid[: len(page)], label="Test accuracy (%)", aspect=25, shrink=0.9)
     bar.outline.set_visible(False)
-    caption(figure, phase, cells, "± standard deviation over seeds" if _shows_deviation(cells, widths, depths) else "")
+    caption(figure, title, cells, "± standard deviation over seeds" if _shows_deviation(cells, widths, depths) else "")
     return figure
 
 

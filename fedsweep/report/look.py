@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fedsweep.report.labels import choices, is_empty, is_numeric, levels, parameters
 
 if TYPE_CHECKING:
@@ -17,9 +20,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Numbers = npt.NDArray[np.float64]
+
 # Okabe & Ito, "Color Universal Design" (2008), without the yellow that is faint on white.
 HUES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES: tuple[tuple[Any, str], ...] = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+FAINT = 0.13  # opacity of a band
+ACCURACY_LEAST = 10.0  # points that a band may always go beyond the means; see `limits`
 BRIGHTEST = 0.85  # of viridis, whose end is faint on white
 GREY = "#666666"
 DARK = "#444444"
@@ -117,6 +124,22 @@ def scales(frames: Iterable[pd.DataFrame]) -> Scales:
 def percent(share: float) -> float:
     """A share as a percentage; NaN for what is empty."""
     return math.nan if is_empty(share) else 100 * float(share)
+
+
+def limits(means: Numbers, low: Numbers, high: Numbers, least: float) -> tuple[float, float] | None:
+    """The ends of an axis: every mean, and the bands from `low` to `high` as far as they do not dwarf the means.
+
+    A band may go beyond the means by half of what these span, and by `least` in any case; then the axis cuts it off.
+    None where no mean is finite.
+    """
+    means = means[np.isfinite(means)]
+    if not len(means):
+        return None
+    beyond = max(float(means.max() - means.min()) / 2, least)
+    bottom = max(float(np.nanmin([means.min(), *low])), float(means.min()) - beyond)
+    top = min(float(np.nanmax([means.max(), *high])), float(means.max()) + beyond)
+    margin = 0.04 * (top - bottom) or least / 10
+    return bottom - margin, top + margin
 
 
 def outer_labels(axes: Sequence[Axes], columns: int, x_label: str, y_label: str) -> None:

@@ -88,11 +88,13 @@ def columns_for(cells: pd.DataFrame, names: Sequence[str], count: int) -> int:
     return columns if columns > 1 else min(count, COLUMNS)
 
 
-def pages(every: Sequence[Panel], columns: int, most: int) -> Iterator[list[Panel]]:
-    """The panels in groups of whole rows, of about `most` panels each."""
+def pages(phase: str, every: Sequence[Panel], columns: int, most: int) -> list[tuple[str, list[Panel]]]:
+    """The panels in groups of whole rows, of about `most` panels each, with a title for each group."""
     step = max(most // columns, 1) * columns
-    for start in range(0, len(every), step):
-        yield list(every[start : start + step])
+    groups = [list(every[start : start + step]) for start in range(0, len(every), step)]
+    if len(groups) == 1:
+        return [(phase, groups[0])]
+    return [(f"{phase} ({number} of {len(groups)})", group) for number, group in enumerate(groups, 1)]
 
 
 def width_of(columns: int, roles: Roles) -> float:
@@ -144,15 +146,16 @@ def _entries(name: str, cells: pd.DataFrame, roles: Roles, scales: Scales) -> li
     return entries
 
 
-def caption(figure: Figure, phase: str, cells: pd.DataFrame, note: str) -> None:
-    """The phase above; below, small, what all cells share, how many seeds there are, and what diverged."""
-    figure.suptitle(phase, fontsize=9, fontweight="bold")
+def caption(figure: Figure, title: str, cells: pd.DataFrame, note: str, *more: str) -> None:
+    """The title above; below, small, what all cells share, how many seeds there are, and what diverged."""
+    figure.suptitle(title, fontsize=9, fontweight="bold")
     shared = ", ".join(pair_of(name, value) for name, value in constants(cells).items() if name != "poison_ratio")
     seeds = sorted(set(cells["n_seeds"] + cells["n_diverged"]))
     counted = (
         f"{seeds[0]} seed{'' if seeds[-1] == 1 else 's'}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
     )
     parts = [part for part in (shared, f"{counted}; {note}" if seeds[-1] > 1 else counted) if part]
+    parts += filter(None, more)
     diverged = int(cells["n_diverged"].sum())
     if diverged:
         parts.append(f"{diverged} diverged run{'' if diverged == 1 else 's'} left out (×: all of a cell)")

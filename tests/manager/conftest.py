@@ -179,9 +179,7 @@ def _assert_tasks_are_sound(db: sqlite3.Connection) -> None:
 
     assert not values("SELECT task FROM results GROUP BY task HAVING count(*) > 1")
     assert not values("SELECT task FROM attempts WHERE ended_as IS NULL GROUP BY task HAVING count(*) > 1")
-    assert not values(
-        "SELECT number FROM tasks WHERE (status = 'complete') != (number IN (SELECT task FROM results))"
-    )
+    assert not values("SELECT number FROM tasks WHERE (status = 'complete') != (number IN (SELECT task FROM results))")
     assert not values(
         "SELECT t.number FROM tasks t LEFT JOIN attempts a ON a.task = t.number AND a.ended_as IS NULL "
         "WHERE t.attempt IS NOT a.number"

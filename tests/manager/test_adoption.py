@@ -96,7 +96,11 @@ def test_numbers_match_however_they_are_spelled(managers, spelling, two_phases):
 @pytest.mark.parametrize("ratio", ["0", "0.0"])
 def test_a_clean_row_is_clean_whatever_it_says_of_the_attack(managers, read_rows, poison_type, ratio):
     """`second` has two clean cells, and `first` two for each seed: the row fills those that compute the same."""
-    append(SECOND, {**ROW, "phase": "second", "poison_ratio": ratio, "poison_type": poison_type, "lr": "0.02"}, columns=(*RESULT_COLUMNS, "lr"))
+    append(
+        SECOND,
+        {**ROW, "phase": "second", "poison_ratio": ratio, "poison_type": poison_type, "lr": "0.02"},
+        columns=(*RESULT_COLUMNS, "lr"),
+    )
     manager = managers()
     assert manager.get_status()["complete"] == 1
     assert [row["poison_type"] for row in read_rows(FIRST)] == ["label_flip", "random_noise"]
@@ -251,7 +255,13 @@ def test_an_unchanged_file_is_not_read_again(managers, make_result, monkeypatch)
 def test_finished_signatures_of_a_grid_need_no_state(make_grid, two_phases, folder):
     grid = make_grid(two_phases)
     assert finished_signatures(grid) == set()
-    append(FIRST, ROW, {**ROW, "poison_ratio": "0"}, {**ROW, "mean_test_acc": "?", "seed": "2"}, {**ROW, "dataset": "mnist"})
+    append(
+        FIRST,
+        ROW,
+        {**ROW, "poison_ratio": "0"},
+        {**ROW, "mean_test_acc": "?", "seed": "2"},
+        {**ROW, "dataset": "mnist"},
+    )
     by_signature = {task.signature: task.experiment for task in grid.tasks}
     found = [by_signature[signature] for signature in finished_signatures(grid)]
     assert sorted((each.poison_ratio, each.seed) for each in found) == [(0.5, 1)]  # the clean one may have either lr
@@ -262,7 +272,9 @@ def test_finished_signatures_of_a_grid_need_no_state(make_grid, two_phases, fold
 
 
 def test_parameters_are_read_in_their_own_types():
-    assert read_parameters({"alpha": "1", "depth": "2.0", "target_class": "", "poison_type": "", "dataset": "'=x"[:0]}) == {
+    assert read_parameters(
+        {"alpha": "1", "depth": "2.0", "target_class": "", "poison_type": "", "dataset": "'=x"[:0]}
+    ) == {
         "alpha": 1.0,
         "depth": 2,
         "target_class": None,

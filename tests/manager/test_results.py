@@ -22,7 +22,13 @@ def rows(*cells: dict, **common) -> pd.DataFrame:
     """Rows with the values given and plain ones for the rest."""
     plain = {
         **dict.fromkeys(RESULT_COLUMNS, 0),
-        **{"phase": "p", "dataset": "digits", "model_type": "lr", "poison_type": "label_flip", "data_ordering": "shuffle"},
+        **{
+            "phase": "p",
+            "dataset": "digits",
+            "model_type": "lr",
+            "poison_type": "label_flip",
+            "data_ordering": "shuffle",
+        },
         **{"aggregator": "fedavg", "alpha": 1.0, "poison_ratio": 0.0, "outcome": "ok", "attack_success_rate": NAN},
         **{"mean_test_loss": 0.5, "mean_val_acc": 0.5, "mean_val_loss": 0.5, "best_epoch": 3, "num_parameters": 9},
     }
@@ -34,7 +40,9 @@ def rows(*cells: dict, **common) -> pd.DataFrame:
 
 def test_mean_deviation_and_interval_of_three_seeds():
     """Of 0.5, 0.6, 0.8: mean 1.9/3, variance ((2/15)^2 + (1/30)^2 + (1/6)^2)/2 = 7/300, t(0.975, 2) = 4.302653."""
-    (row,) = summarise(rows(*({"seed": seed, "mean_test_acc": acc} for seed, acc in ((1, 0.5), (2, 0.6), (3, 0.8))))).to_dict("records")
+    (row,) = summarise(
+        rows(*({"seed": seed, "mean_test_acc": acc} for seed, acc in ((1, 0.5), (2, 0.6), (3, 0.8))))
+    ).to_dict("records")
     assert row["mean_test_acc"] == pytest.approx(1.9 / 3, abs=1e-12)
     assert row["std_test_acc"] == pytest.approx(math.sqrt(7 / 300), abs=1e-12)
     assert row["ci95_test_acc"] == pytest.approx(4.302652729911275 * math.sqrt(7 / 300) / math.sqrt(3), abs=1e-9)
@@ -87,7 +95,11 @@ def test_the_clean_twin_differs_in_the_attack_only():
 def test_diverged_rows_are_counted_and_left_out():
     empty = dict.fromkeys(("mean_test_acc", "mean_test_loss", "mean_val_acc", "mean_val_loss", "best_epoch"), NAN)
     (row,) = summarise(
-        rows({"seed": 1, "mean_test_acc": 0.5}, {"seed": 2, **empty, "outcome": "diverged"}, {"seed": 3, "mean_test_acc": 0.7})
+        rows(
+            {"seed": 1, "mean_test_acc": 0.5},
+            {"seed": 2, **empty, "outcome": "diverged"},
+            {"seed": 3, "mean_test_acc": 0.7},
+        )
     ).to_dict("records")
     assert (row["mean_test_acc"], row["n_seeds"], row["n_diverged"]) == (pytest.approx(0.6), 2, 1)
     (row,) = summarise(rows({"seed": 2, **empty, "outcome": "diverged"})).to_dict("records")
@@ -110,7 +122,12 @@ def test_groups_are_the_cells_of_each_phase():
 
 def test_the_attack_s_success_is_averaged():
     (row,) = summarise(
-        rows({"seed": 1, "attack_success_rate": 0.2}, {"seed": 2, "attack_success_rate": 0.4}, mean_test_acc=0.5, poison_ratio=0.1)
+        rows(
+            {"seed": 1, "attack_success_rate": 0.2},
+            {"seed": 2, "attack_success_rate": 0.4},
+            mean_test_acc=0.5,
+            poison_ratio=0.1,
+        )
     ).to_dict("records")
     assert row["attack_success_rate"] == pytest.approx(0.3)
 
@@ -186,7 +203,10 @@ def test_every_round_of_every_experiment_is_kept(finished):
 
 
 def history(place: int, signature: str, **result) -> History:
-    rounds = [{"round": 1, "val_loss": None, "val_acc": 0.5, "nonfinite_clients": 2}, {"round": 2, "val_loss": 0.25, "val_acc": None}]
+    rounds = [
+        {"round": 1, "val_loss": None, "val_acc": 0.5, "nonfinite_clients": 2},
+        {"round": 2, "val_loss": 0.25, "val_acc": None},
+    ]
     return History(place, signature, f"p_{place}_1", 1, {"best_epoch": 2, "history": rounds, **result})
 
 
@@ -198,7 +218,12 @@ def pages(*histories: History):
 def test_losses_that_are_not_finite_are_null_and_classes_stand_in_the_best_round(tmp_path):
     assert write_history(tmp_path, pages(history(1, "a", per_class_test_acc=[0.5, None, 1.0])))
     first, second = pq.read_table(tmp_path / "history.parquet").to_pylist()
-    assert (first["val_loss"], first["nonfinite_clients"], first["is_best"], first["per_class_test_acc"]) == (None, 2, False, None)
+    assert (first["val_loss"], first["nonfinite_clients"], first["is_best"], first["per_class_test_acc"]) == (
+        None,
+        2,
+        False,
+        None,
+    )
     assert (second["val_acc"], second["is_best"], second["per_class_test_acc"]) == (None, True, [0.5, None, 1.0])
 
 

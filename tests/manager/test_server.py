@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from fedsweep.errors import FedsweepError, ProtocolError, UsageError
 from fedsweep.manager.protocol import ERROR_CODES, Request, RequestTask, Status, TaskFailed
 from fedsweep.manager.server import ensure_token, listen, read_token, serve_connection
+from fedsweep.worker.client import ManagerClient, request_task_from_manager
 
 TOKEN = "t0ken-of-the-tests"
 STATUS = json.dumps({"type": "status", "token": TOKEN}).encode()
@@ -135,6 +136,14 @@ def test_a_connection_carries_many_requests_in_order(client: Client) -> None:
         assert client.ask(type="request_task", worker_id="w", token=TOKEN)["type"] == "no_task"
 
 
+def test_our_own_client_is_served(port: int) -> None:
+    with ManagerClient("127.0.0.1", port, TOKEN) as client:
+        assert client.ask({"type": "status"})["status"] == {"total": 3}
+        assert request_task_from_manager(client, "w").kind == "wait"
+    with ManagerClient("127.0.0.1", port, "another") as client, pytest.raises(ProtocolError, match="token is wrong"):
+        request_task_from_manager(client, "w")
+
+
 def test_two_objects_in_one_packet_get_two_answers(client: Client) -> None:
     client.send(STATUS + json.dumps({"type": "request_task", "worker_id": "w", "token": TOKEN}).encode() + STATUS)
     assert [client.answer()["type"] for _ in range(3)] == ["status", "no_task", "status"]
@@ -201,6 +210,15 @@ def test_bytes_that_cannot_be_read_on_get_one_error_and_the_end(client: Client, 
     with suppress(ConnectionError):  # the server may close before all is sent
         client.send(data)
     assert client.answer()["code"] == code
+    assert client.is_closed()
+
+
+def test_a_client_that_is_still_sending_is_not_reset(client: Client) -> None:
+    """A reset could destroy the answer before the client has read it."""
+    client.send(b"GET / HTTP/1.1\r\n\r\n")
+    client.send(b"x" * 4_000_000)
+    client.send(b"y")
+    assert client.answer()["code"] == "not_an_object"
     assert client.is_closed()
 
 

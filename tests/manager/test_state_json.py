@@ -68,7 +68,9 @@ def local_time(moment: datetime) -> str:
 
 
 def test_tasks_of_an_old_state_become_ours(managers, folder):
-    path = write_old(folder / "state.json", old_task(0), old_task(1, retry_count=2, last_error="ValueError: x"), old_task(7))
+    path = write_old(
+        folder / "state.json", old_task(0), old_task(1, retry_count=2, last_error="ValueError: x"), old_task(7)
+    )
     manager = managers(None)
     assert manager.load_state(path)
     assert list(manager.tasks) == ["first_0_42", "first_1_42", "first_7_42"]
@@ -189,7 +191,7 @@ def test_files_that_are_no_state_are_refused_in_one_line(managers, folder, conte
 
 def test_only_json_files_are_read_and_written_by_path(managers, folder):
     manager = managers(None)
-    with pytest.raises(StateError, match="missing.json cannot be read"):
+    with pytest.raises(StateError, match=r"missing\.json cannot be read"):
         manager.load_state("missing.json")
     for call in (manager.load_state, manager.save_state):
         with pytest.raises(StateError, match=r"state.pkl is not a .json file"):

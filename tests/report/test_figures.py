@@ -13,10 +13,10 @@ from matplotlib.colors import to_hex
 
 from fedsweep.manager.results import summarise
 from fedsweep.report.accuracy import accuracy_figures
-from fedsweep.report.curves import curve_figures, over_seeds
+from fedsweep.report.curves import MOST_PANELS, curve_figures, over_seeds
 from fedsweep.report.heatmap import heat_figures
 from fedsweep.report.labels import parameters
-from fedsweep.report.look import HUES, scales, style
+from fedsweep.report.look import HUES, limits, scales, style
 from fedsweep.report.panels import assign
 
 T_2 = 4.302652729911275  # Student's t, 0.975, two degrees of freedom
@@ -147,6 +147,7 @@ def test_many_panels_go_to_several_pages(make_rows):
     titles = [axes.get_title() for figure in figures for axes in figure.axes]
     assert len(titles) == len(set(titles)) == 27
     assert [len(figure.axes) for figure in figures] == [12, 12, 3]
+    assert [figure.get_suptitle() for figure in figures] == [f"attack ({page} of 3)" for page in (1, 2, 3)]
 
 
 def test_the_order_of_numbers_is_the_order_of_brightness(make_rows):
@@ -235,6 +236,15 @@ def test_close_ratios_have_ticks_but_not_touching_labels(make_rows):
     boxes = [label.get_window_extent() for label in labels if label.get_text()]
     assert len(boxes) >= 3
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_wide_bands_do_not_dwarf_the_lines():
+    means, low, high = np.array([90.0, 80, 50]), np.array([88.0, 20, 0]), np.array([92.0, 100, 100])
+    bottom, top = limits(means, low, high, least=10)
+    assert (bottom, top) == pytest.approx((30 - 0.04 * 70, 100 + 0.04 * 70))  # 50 - 40 / 2, and the end of the band
+    assert limits(np.array([np.nan]), low[:1], high[:1], least=10) is None
+    bottom, top = limits(np.array([90.0]), np.array([np.nan]), np.array([np.nan]), least=10)
+    assert bottom < 90 < top
 
 
 # ------------------------------------------------------------------------------------------------------- heat maps
@@ -358,6 +368,17 @@ def test_accuracy_stands_above_loss_with_a_line_for_each_cell(make_rows, make_hi
     assert np.allclose(drawn(figure.axes[2])[0].get_ydata(), first.groupby("round")["val_loss"].mean())
     assert legend_words(figure) == ["poison ratio ρ", "0", "0.2", "0.4", "aggregator", "FedAvg", "median"]
     assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "Round", "Round"]
+
+
+def test_of_a_very_large_grid_not_all_curves_are_drawn_and_the_last_page_says_so(make_rows, make_history):
+    rows = make_rows(
+        {"width_factor": list(range(1, 11)), "depth": [1, 2, 3, 4, 5], "poison_ratio": [0, 0.4]}, seeds=(1,)
+    )
+    figures = list(curve_figures("attack", summarise(rows), rounds_of(rows, make_history(rows, 2)), scales([rows])))
+    drawn_panels = [axes.get_title() for figure in figures for axes in figure.axes if axes.get_title()]
+    assert len(drawn_panels) == MOST_PANELS
+    said = ["more panels are not drawn" in caption(figure) for figure in figures]
+    assert said == [False] * (len(figures) - 1) + [True]
 
 
 def test_a_loss_of_many_sizes_has_a_logarithmic_axis(make_rows, make_history):
