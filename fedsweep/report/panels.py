@@ -149,7 +149,7 @@ def _entries(name: str, cells: pd.DataFrame, roles: Roles, scales: Scales) -> li
 def caption(figure: Figure, title: str, cells: pd.DataFrame, note: str, *more: str) -> None:
     """The title above; below, small, what all cells share, how many seeds there are, and what diverged."""
     figure.suptitle(title, fontsize=9, fontweight="bold")
-    shared = ", ".join(pair_of(name, value) for name, value in constants(cells).items() if name != "poison_ratio")
+    shared = ", ".join(pair_of(name, value) for name, value in constants(cells).items())
     seeds = sorted(set(cells["n_seeds"] + cells["n_diverged"]))
     counted = (
         f"{seeds[0]} seed{'' if seeds[-1] == 1 else 's'}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
