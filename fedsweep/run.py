@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fedsweep.datasets import prepare
 from fedsweep.errors import FedsweepError, ManagerUnreachable, UsageError
-from fedsweep.launch.local import LocalSweep
+from fedsweep.launch.local import WRONG_USAGE, LocalSweep
 from fedsweep.manager.results import finished_signatures
 from fedsweep.manager.server import read_token
 from fedsweep.manager.sources import read_sources, split_arguments
@@ -78,6 +78,8 @@ def run_sweep(request: RunRequest) -> int:
         say(f"Stopped. Everything finished is kept in {request.state_dir}; the same command goes on from there.")
         return INTERRUPTED
     code = sweep.manager.returncode
+    if code == WRONG_USAGE:  # it said why in one line, as every command does
+        raise UsageError(sweep.manager.log_tail(1).removeprefix("fedsweep: "))
     if code not in (0, 1):
         raise FedsweepError(f"the manager could not run the sweep:\n{sweep.manager.log_tail()}")
     status = _last_status(request.state_dir)

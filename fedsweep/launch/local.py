@@ -37,6 +37,7 @@ class Child:
 
     def start(self) -> None:
         """Start the process; its output is appended to the log file."""
+        self._close_pipe()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal reaches `fedsweep run` alone, which ends the others in order.
@@ -96,6 +97,12 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._close_pipe()
+
+    def _close_pipe(self) -> None:
+        """Close our end of the pipe to a process that has ended (closing it earlier would end the process)."""
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
 
 
 @dataclass
