@@ -63,7 +63,7 @@ def run_task(
         except Preempted:
             stop.settle()
             lines.info("left: the worker was asked to stop")
-            _give_back(task, client, worker_id)
+            give_back(task, client, worker_id)
             raise
         except Dropped as reason:
             lines.info("left: %s", reason)
@@ -117,7 +117,7 @@ def _deliver(
     except Preempted:
         if kept is None:
             stop.settle()
-            _give_back(task, client, worker_id)
+            give_back(task, client, worker_id)
         raise
     except ProtocolError as error:
         if error.code == "unauthorized":  # the next request of the worker will look for another token
@@ -142,8 +142,8 @@ def _keep(task: TaskMessage, result: dict[str, Any], spool_dir: Path) -> spool.U
         return None
 
 
-def _give_back(task: TaskMessage, client: ManagerClient, worker_id: str) -> None:
-    """Release a task, over a new connection: the signal may have come in the middle of an exchange."""
+def give_back(task: TaskMessage, client: ManagerClient, worker_id: str) -> None:
+    """Release a task, over a new connection: a stop signal may have come in the middle of an exchange."""
     log.info("%s is given back", task.task_id)
     last_words = ManagerClient(client.host, client.port, client.token, timeout=RELEASE_TIMEOUT_S, retries=0)
     with last_words:
@@ -161,7 +161,6 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, FedsweepError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
         return f"CUDA out of memory: the experiment does not fit on this GPU. {error}"
     return "\n".join("".join(traceback.format_exception(error)).splitlines()[-ERROR_LINES:])
 

@@ -13,17 +13,11 @@ from pathlib import Path
 
 from fedsweep.errors import Preempted, ProtocolError, UsageError
 from fedsweep.worker import spool
-from fedsweep.worker.client import (
-    ManagerClient,
-    TaskReply,
-    release_task,
-    request_task_from_manager,
-    submit_result_to_manager,
-)
+from fedsweep.worker.client import ManagerClient, TaskReply, request_task_from_manager, submit_result_to_manager
 from fedsweep.worker.device import Device, claim_device, device_name, prepare_torch
 from fedsweep.worker.gpu import LOCK_DIR
 from fedsweep.worker.stopping import StopSignals
-from fedsweep.worker.task import RELEASE_TIMEOUT_S, run_task
+from fedsweep.worker.task import give_back, run_task
 
 log = logging.getLogger(__name__)
 
@@ -163,10 +157,7 @@ class _Loop:
             return self._ask()
         if self.stop.requested and reply.task is not None:
             self.stop.settle()
-            with ManagerClient(
-                self.client.host, self.client.port, self.client.token, timeout=RELEASE_TIMEOUT_S, retries=0
-            ) as last_words:
-                release_task(last_words, reply.task.task_id, self.worker_id, reply.task.attempt)
+            give_back(reply.task, self.client, self.worker_id)
         self.stop.check()
         return reply
 

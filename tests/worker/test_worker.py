@@ -190,8 +190,18 @@ def until(condition: Callable[[], object], what: str, timeout_s: float = 30.0) -
         time.sleep(0.01)
 
 
-def in_a_while(action: Callable[[], object], seconds: float = 0.4) -> None:
-    threading.Timer(seconds, action).start()
+@pytest.fixture
+def once_it_searches(caplog: pytest.LogCaptureFixture) -> Callable[[Callable[[], object]], None]:
+    """Do something as soon as the worker has found that nobody answers; its client has tried several times by then."""
+
+    def once_it_searches(action: Callable[[], object]) -> None:
+        def wait_and_act() -> None:
+            until(lambda: "trying again until one does" in caplog.text, "the worker's search for its manager")
+            action()
+
+        threading.Thread(target=wait_and_act).start()
+
+    return once_it_searches
 
 
 # ---- the four answers
@@ -226,26 +236,29 @@ def test_wait_is_not_the_end(make_manager, work):
     assert list(manager.results) == ["late_0_1"]
 
 
-def test_unreachable_is_not_the_end(make_manager, work):
-    """Neither before the manager is there for the first time, nor later."""
+def test_unreachable_is_not_the_end(make_manager, work, once_it_searches):
     manager = make_manager({"task_id": "a_0_1"})
     manager.stop()
-    in_a_while(manager.start)
+    once_it_searches(manager.start)
     assert work(manager) == 0
     assert list(manager.results) == ["a_0_1"]
 
 
-def test_a_manager_that_goes_away_while_we_wait_is_waited_for(make_manager, work):
+def test_a_manager_that_goes_away_while_we_wait_is_waited_for(make_manager, work, once_it_searches):
     manager = make_manager()
     manager.waits = [0.2, 0.2]
 
+    def back() -> None:
+        manager.waiting.append({"task_id": "a_0_1"})
+        manager.start()
+
     def away(message: Request) -> None:
         if len(manager.requests) == 1:
-            in_a_while(manager.stop, 0.05)
-            in_a_while(lambda: (manager.waiting.append({"task_id": "a_0_1"}), manager.start()), 0.6)
+            threading.Timer(0.05, manager.stop).start()
+            once_it_searches(back)
 
     manager.before = away
-    assert work(manager) == 0
+    assert work(manager, patience_s=0) == 0  # patience is for managers that have never answered
     assert list(manager.results) == ["a_0_1"]
 
 
@@ -267,7 +280,7 @@ def test_a_manager_in_trouble_is_asked_again(make_manager, work, code):
 # ---- the token
 
 
-def test_a_token_written_after_the_worker_started_is_found(make_manager, work, state_dir):
+def test_a_token_written_after_the_worker_started_is_found(make_manager, work, state_dir, once_it_searches):
     (state_dir / "token").unlink()
     manager = make_manager({"task_id": "a_0_1"})
     manager.stop()
@@ -276,7 +289,7 @@ def test_a_token_written_after_the_worker_started_is_found(make_manager, work, s
         (state_dir / "token").write_text(TOKEN)
         manager.start()
 
-    in_a_while(begin)
+    once_it_searches(begin)
     assert work(manager) == 0
     assert list(manager.results) == ["a_0_1"]
 
@@ -335,7 +348,7 @@ def test_a_lost_acknowledgement_is_no_loss(make_manager, work, state_dir):
     assert spool.pending(state_dir / "spool") == []
 
 
-def test_a_manager_away_at_the_end_of_a_task_gets_the_result_later(make_manager, work, state_dir):
+def test_a_manager_away_at_the_end_of_a_task_gets_the_result_later(make_manager, work, state_dir, once_it_searches):
     manager = make_manager({"task_id": "a_0_1"}, {"task_id": "a_0_2"})
     task_log = manager.output_dir / "logs" / "a_0_1.log"
 
@@ -343,7 +356,7 @@ def test_a_manager_away_at_the_end_of_a_task_gets_the_result_later(make_manager,
         until(task_log.exists, "the start of the task")
         manager.stop()
         until(lambda: spool.pending(state_dir / "spool"), "the result in the spool")
-        in_a_while(manager.start, 0.3)
+        once_it_searches(manager.start)
 
     watcher = threading.Thread(target=go_away_for_a_while)
     manager.waiting[0]["config"] = SHORT | {"global_rounds": 40, "early_stopping_patience": None}
@@ -673,15 +686,10 @@ def test_a_signal_ends_a_worker_whose_manager_is_silent(make_manager, work, monk
     assert answered == []
 
 
-def test_a_signal_ends_a_worker_whose_manager_is_away(make_manager, work, caplog):
+def test_a_signal_ends_a_worker_whose_manager_is_away(make_manager, work, once_it_searches):
     manager = make_manager()
     manager.stop()
-
-    def stop_it() -> None:
-        until(lambda: "trying again until one does" in caplog.text, "the worker's search for its manager")
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop_it).start()
+    once_it_searches(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert work(manager) == 0
     assert manager.requests == []
 
