@@ -55,13 +55,17 @@ def enrol(
     )
 
 
-def _orphan(db: sqlite3.Connection, removed: Iterable[sqlite3.Row], now: str) -> None:
-    for row in removed:
-        if row["attempt"] is not None:
-            end = "UPDATE attempts SET ended_at = ?, ended_as = 'released' WHERE number = ?"
-            db.execute(end, (now, row["attempt"]))
-            db.execute("UPDATE tasks SET status = 'pending', attempt = NULL WHERE number = ?", (row["number"],))
-        db.execute("UPDATE tasks SET orphaned = 1 WHERE number = ?", (row["number"],))
+def _orphan(db: sqlite3.Connection, removed: Sequence[sqlite3.Row], now: str) -> None:
+    """Orphan these tasks, and take those back that are handed out."""
+    db.executemany("UPDATE tasks SET orphaned = 1 WHERE number = ?", ((row["number"],) for row in removed))
+    held = [row for row in removed if row["attempt"] is not None]
+    db.executemany(
+        "UPDATE tasks SET status = 'pending', attempt = NULL WHERE number = ?", ((row["number"],) for row in held)
+    )
+    db.executemany(
+        "UPDATE attempts SET ended_at = ?, ended_as = 'released' WHERE number = ?",
+        ((now, row["attempt"]) for row in held),
+    )
 
 
 def _store_tasks(

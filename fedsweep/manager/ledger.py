@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,11 @@ class Ledger:
         self._db.close()
 
     def checkpoint(self) -> None:
-        """Bring the main file up to date with the log beside it."""
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        """Bring the main file up to date with the log beside it, as far as the disk lets it: both together hold all."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    @contextmanager
+    @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
             self._db.execute("BEGIN IMMEDIATE")

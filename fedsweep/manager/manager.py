@@ -351,7 +351,10 @@ class ExperimentManager:
         if self.stops < 2:
             self.sweep.write_outputs()
         self.save_state()
-        write_last_status(self.state_dir, self.get_status())
+        try:
+            write_last_status(self.state_dir, self.get_status())
+        except OSError as error:
+            log.warning("%s: the last status could not be written: %s", self.state_dir, error)
         log.info("%d complete, %d failed, %d left", counts.complete, counts.failed, counts.pending + counts.assigned)
         if not counts.is_terminal:
             return INTERRUPTED

@@ -128,30 +128,34 @@ def open_database(path: Path) -> sqlite3.Connection:
             raise StateError(f"{path} is missing but {_wal(path).name} is there; put the file back, or move both away")
         _create(path)
     _refuse_what_is_no_ledger(path)
-    try:
-        connection = _connect(path)
-        _migrate(connection, path)
-    except sqlite3.DatabaseError as error:
-        raise StateError(f"{path} cannot be used ({error}); move it away or name another --state-dir") from None
-    return connection
-
-
-def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    connection.row_factory = sqlite3.Row
     try:
-        # EXCLUSIVE before WAL: then no memory is shared with other processes, which network file systems cannot do.
-        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if problem != "ok":
-            raise sqlite3.DatabaseError(" ".join(str(problem).split()))
-    except BaseException:
+        _prepare(connection)
+        _migrate(connection, path)
+    except BaseException as error:
         connection.close()
+        if isinstance(error, sqlite3.DatabaseError):
+            reason = f"{path} cannot be used ({error}); move it away or name another --state-dir"
+            raise StateError(reason) from None
         raise
     return connection
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    """Set the connection up, and look at every page.
+
+    Raises:
+        sqlite3.DatabaseError: the file is damaged.
+    """
+    connection.row_factory = sqlite3.Row
+    # EXCLUSIVE before WAL: then no memory is shared with other processes, which network file systems cannot do.
+    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if problem != "ok":
+        raise sqlite3.DatabaseError(" ".join(str(problem).split()))
 
 
 def _refuse_what_is_no_ledger(path: Path) -> None:
@@ -175,7 +179,6 @@ def _refuse_what_is_no_ledger(path: Path) -> None:
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version > len(MIGRATIONS):
-        connection.close()
         raise StateError(
             f"{path} was written by a newer fedsweep (state version {version}; this one knows {len(MIGRATIONS)}); "
             "install that version, or name another --state-dir"

@@ -17,7 +17,7 @@ from fedsweep.manager.protocol import TaskProgress
 from fedsweep.manager.records import LedgerUnwritable, Task, UnknownTask, Verdict
 from fedsweep.manager.server import ensure_token
 from fedsweep.manager.state_dir import LEDGER_FILE, TOKEN_FILE, StateLock
-from fedsweep.manager.status import StatusReporter
+from fedsweep.manager.status import StatusReporter, brief
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class OpenSweep:
         return {
             **task.as_dict(),
             "assigned_at": None if task.assigned_at is None else task.assigned_at.isoformat(),
+            "last_error": None if task.last_error is None else brief(task.last_error),
             "attempt": task.attempt,
             "lease_s": self.lease_s,
             "heartbeat_s": self.heartbeat_s,

@@ -1,165 +1,119 @@
-"""The reference engine: its steps by hand, and whole experiments."""
+"""Whole experiments."""
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import replace
-from itertools import pairwise
+import multiprocessing
+import pickle
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fedsweep.errors import DataError, PartitionError
 from fedsweep.fl import reference
-from fedsweep.fl.reference import (
-    ClientDataloader,
-    epoch_orders,
-    get_client_dataloader,
-    initial_model,
-    participants,
-    prepare,
-    run,
-    train_client,
-)
+from fedsweep.fl.data import ImageData
+from fedsweep.fl.evaluate import Evaluation
+from fedsweep.fl.federation import form_federation
+from fedsweep.fl.reference import ClientJob, Outcome, initial_model, run, train_one_client
 from fedsweep.plan.experiment import Experiment
 
+SMALL = {"model_type": "lr", "width_factor": 4, "depth": 1, "num_clients": 4, "global_rounds": 3}
+TARGET = {"target_class": 3, "poison_label": 5}
 
-def line() -> nn.Module:
-    """Two logits that are linear in one number: weights 2 and -1, no bias."""
-    model = nn.Linear(1, 2, bias=False)
-    with torch.no_grad():
-        model.weight.copy_(torch.tensor([[2.0], [-1.0]]))
-    return model
+RunToEnd = Callable[..., Outcome]
+State = Mapping[str, Tensor]
 
 
-def gradient(weights: np.ndarray, x: float, label: int) -> np.ndarray:
-    """Of cross-entropy: (softmax - one_hot) x."""
-    shares = np.exp(weights * x) / np.exp(weights * x).sum()
-    return (shares - np.eye(2)[label]) * x
+@pytest.fixture
+def run_to_end(digits: ImageData, finish: Callable[..., Outcome]) -> RunToEnd:
+    """Run a small experiment on the digits; arguments are its parameters."""
+    return lambda **parameters: finish(Experiment(**{**SMALL, **parameters}), digits)
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.1, 100.0])
-def test_two_steps_of_sgd_by_hand(max_grad_norm):
-    """v = m v + (g + d w), w = w - lr v, the gradient g scaled down to norm c where it is longer."""
-    lr, momentum, decay = 0.1, 0.9, 0.01
-    weights, velocity = np.array([2.0, -1.0]), np.zeros(2)
-    batches = [(0.5, 1), (-1.5, 0)]
-    for x, label in batches:
-        found = gradient(weights, x, label)
-        if max_grad_norm is not None:
-            found = found * min(1.0, max_grad_norm / (np.linalg.norm(found) + 1e-6))
-        velocity = momentum * velocity + found + decay * weights
-        weights = weights - lr * velocity
-    model = line()
-    experiment = Experiment(lr=lr, momentum=momentum, weight_decay=decay, max_grad_norm=max_grad_norm)
-    train_client(model, [(torch.tensor([[x]]), torch.tensor([label])) for x, label in batches], experiment)
-    assert model.weight.detach().flatten().tolist() == pytest.approx(weights.tolist(), rel=1e-5)
+# -------------------------------------------------------------------------------------------------------- repeatability
 
 
-def test_every_round_starts_with_a_fresh_optimiser():
-    first, second = line(), line()
-    batch = [(torch.tensor([[0.5]]), torch.tensor([1]))]
-    train_client(first, batch, Experiment())
-    train_client(first, batch, Experiment())
-    train_client(second, batch * 2, Experiment())
-    assert not torch.equal(first.weight, second.weight)
-
-
-def test_a_batch_of_one_is_left_out_and_a_smaller_last_batch_is_not():
-    images = torch.arange(9, dtype=torch.uint8).reshape(9, 1, 1, 1)
-    loader = ClientDataloader(images, torch.arange(9), [torch.arange(9), torch.arange(9)], 4)
-    assert [labels.tolist() for _, labels in loader] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
-    loader = ClientDataloader(images, torch.arange(9), [torch.arange(7)], 4)
-    assert [labels.tolist() for _, labels in loader] == [[0, 1, 2, 3], [4, 5, 6]]
-
-
-def test_a_client_smaller_than_a_batch_does_train(digits):
-    experiment = Experiment(model_type="lr", depth=0, num_clients=60, batch_size=128, min_client_size=2, alpha=100)
-    prepared = prepare(experiment, digits)
-    assert max(map(len, prepared.clients)) < 128
-    model = initial_model(experiment, digits)
-    trained = copy.deepcopy(model)
-    loader = get_client_dataloader(experiment, prepared, digits.train_images, digits.train_labels, 1, 0)
-    train_client(trained, loader, experiment)
-    assert not torch.equal(trained.classifier.weight, model.classifier.weight)
-
-
-def test_good_bad_orders_part_the_same_permutation():
-    own, is_poisoned = np.arange(100, 150), np.zeros(200, dtype=bool)
-    is_poisoned[100:150:3] = True
-    shuffled, good_bad, bad_good = (
-        epoch_orders(Experiment(data_ordering=ordering, local_epochs=2), own, is_poisoned, 3, 1)
-        for ordering in ("shuffle", "good_bad", "bad_good")
-    )
-    assert not np.array_equal(shuffled[0], shuffled[1]), "every local epoch has its own order"
-    for mixed, good_first, bad_first in zip(shuffled, good_bad, bad_good, strict=True):
-        clean, poisoned = mixed[~is_poisoned[mixed]], mixed[is_poisoned[mixed]]
-        assert good_first.tolist() == [*clean, *poisoned]
-        assert bad_first.tolist() == [*poisoned, *clean]
-
-
-@pytest.mark.parametrize(("fraction", "count"), [(1.0, 10), (0.5, 5), (0.25, 3), (0.24, 2), (0.01, 1)])
-def test_participants_are_the_asked_share_without_replacement(fraction, count):
-    rounds = [participants(Experiment(fraction_fit=fraction), number).tolist() for number in range(1, 6)]
-    assert all(len(set(chosen)) == len(chosen) == count for chosen in rounds)
-    assert all(chosen == sorted(chosen) for chosen in rounds)
-    if 1 < count < 10:
-        assert any(one != other for one, other in pairwise(rounds))
-
-
-def test_experiments_that_differ_in_attack_or_aggregator_see_the_same_images_in_the_same_batches(digits):
-    base = Experiment(seed=5, num_clients=4)
-    others = [
-        {"poison_ratio": 0.4},
-        {"poison_ratio": 0.2, "poison_type": "random_noise", "poison_level": "client"},
-        {"aggregator": "median"},
-        {"poison_ratio": 0.3, "target_class": 1, "poison_label": 2, "lr": 0.5},
-    ]
-    reference_orders = [
-        order.tolist()
-        for client in range(4)
-        for order in epoch_orders(base, prepare(base, digits).clients[client], np.zeros(1437, bool), 2, client)
-    ]
-    start = initial_model(base, digits).state_dict()
-    for changes in others:
-        other = Experiment(**{**base.model_dump(), **changes})
-        prepared = prepare(other, digits)
-        orders = [
-            order.tolist()
-            for client in range(4)
-            for order in epoch_orders(other, prepared.clients[client], prepared.poisoning.is_poisoned, 2, client)
-        ]
-        assert orders == reference_orders
-        assert all(
-            torch.equal(start[name], tensor) for name, tensor in initial_model(other, digits).state_dict().items()
-        )
-
-
-def test_the_same_experiment_gives_the_same_bits_whatever_global_random_state(run_to_end):
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"model_type": "cnn", "width_factor": 3, "depth": 2, "poison_ratio": 0.3, "data_ordering": "good_bad"},
+        {"model_type": "lr", "poison_ratio": 0.3, "poison_type": "random_noise", "fraction_fit": 0.5},
+    ],
+)
+def test_an_experiment_repeats_bit_for_bit_whatever_the_global_random_state(
+    parameters: dict[str, object], run_to_end: RunToEnd
+) -> None:
     outcomes = []
     for seed in (1, 2):
-        torch.manual_seed(seed)
+        random.seed(seed)
         np.random.seed(seed)
-        outcomes.append(run_to_end(poison_ratio=0.3, poison_type="random_noise", fraction_fit=0.5))
+        torch.manual_seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        outcomes.append(run_to_end(**parameters))
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
     assert outcomes[0] == outcomes[1]
-    assert outcomes[0] != run_to_end(poison_ratio=0.3, poison_type="random_noise", fraction_fit=0.5, seed=43)
+    assert outcomes[0] != run_to_end(**parameters, seed=43)
 
 
-TARGET = {"target_class": 3, "poison_label": 5}
+def test_an_experiment_does_not_depend_on_another_that_runs_beside_it(digits: ImageData, finish: RunToEnd) -> None:
+    experiments = [Experiment(**SMALL, poison_ratio=ratio) for ratio in (0.0, 0.5)]
+    alone = [finish(experiment, digits) for experiment in experiments]
+    side_by_side = [run(experiment, digits) for experiment in experiments]
+    reports = [[next(rounds) for rounds in side_by_side] for _ in range(3)]
+    for place, outcome in enumerate(alone):
+        assert tuple(round[place] for round in reports) == outcome.history
+
+
+def test_clients_trained_in_another_process_give_the_same_bits(digits: ImageData, finish: RunToEnd) -> None:
+    experiment = Experiment(
+        **{**SMALL, "model_type": "cnn"}, poison_ratio=0.3, data_ordering="bad_good", local_epochs=2
+    )
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        elsewhere = finish(experiment, digits, train_clients=lambda jobs: pool.map(train_one_client, jobs))
+    assert elsewhere == finish(experiment, digits)
+
+
+def test_a_job_is_complete_in_itself(digits: ImageData, finish: RunToEnd) -> None:
+    """It survives being written to bytes, and holds the client's own samples and no others."""
+    experiment = Experiment(**SMALL, poison_ratio=0.3)
+    sizes = []
+
+    def train(jobs: Sequence[ClientJob]) -> Iterable[State]:
+        for job in jobs:
+            restored = pickle.loads(pickle.dumps(job))
+            sizes.append(len(restored.loader.images))
+            yield train_one_client(ClientJob(**vars(restored)))
+
+    assert finish(experiment, digits, train_clients=train) == finish(experiment, digits)
+    assert sizes == [len(own) for own in form_federation(experiment, digits).clients] * 3
+
+
+# ------------------------------------------------------------------------------------------------- what cannot matter
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
         ({"poison_ratio": 0.0}, {"poison_ratio": 0.0, "poison_type": "random_noise", "data_ordering": "bad_good"}),
-        ({"poison_ratio": 0.0}, {"poison_ratio": 0.0, "poison_level": "client", **TARGET}),
+        ({"poison_ratio": 0.0}, {"poison_ratio": 0.0, "poison_level": "client", "data_ordering": "good_bad", **TARGET}),
         (
             {"poison_ratio": 0.5, "poison_level": "client"},
             {"poison_ratio": 0.5, "poison_level": "client", "data_ordering": "good_bad"},
         ),
+        (
+            {"poison_ratio": 0.5, "poison_level": "client", "poison_type": "random_noise"},
+            {"poison_ratio": 0.5, "poison_level": "client", "poison_type": "random_noise", "data_ordering": "bad_good"},
+        ),
         ({"poison_ratio": 1.0}, {"poison_ratio": 1.0, "poison_level": "client", "data_ordering": "bad_good"}),
+        ({"poison_ratio": 1.0}, {"poison_ratio": 1.0, "data_ordering": "good_bad"}),
         (
             {"poison_ratio": 1.0, "poison_type": "random_noise"},
             {"poison_ratio": 1.0, "poison_type": "random_noise", "poison_level": "client"},
@@ -169,14 +123,19 @@ TARGET = {"target_class": 3, "poison_label": 5}
             {"poison_ratio": 0.5, "poison_type": "random_noise"},
             {"poison_ratio": 0.5, "poison_type": "random_noise", **TARGET},
         ),
+        ({"depth": 0, "width_factor": 1}, {"depth": 0, "width_factor": 64}),
+        ({"model_type": "cnn", "depth": 0, "width_factor": 1}, {"model_type": "cnn", "depth": 0, "width_factor": 64}),
         ({"partition": "iid"}, {"partition": "iid", "alpha": 0.1, "min_client_size": 3}),
         ({"partition": "dirichlet_client"}, {"partition": "dirichlet_client", "min_client_size": 999}),
         ({"early_stopping_patience": None}, {"early_stopping_patience": 3, "min_delta": 9.0}),
+        ({"early_stopping_patience": 3}, {"early_stopping_patience": 99, "min_delta": 9.0}),
         ({}, {"partition_seed": 42, "split_seed": 42}),
     ],
 )
-def test_experiments_of_one_signature_give_one_outcome(one, other, run_to_end):
-    assert Experiment(**one, global_rounds=3).signature == Experiment(**other, global_rounds=3).signature
+def test_experiments_of_one_signature_have_one_outcome(
+    one: dict[str, object], other: dict[str, object], run_to_end: RunToEnd
+) -> None:
+    assert Experiment(**{**SMALL, **one}).signature == Experiment(**{**SMALL, **other}).signature
     assert run_to_end(**one) == run_to_end(**other)
 
 
@@ -184,133 +143,305 @@ def test_experiments_of_one_signature_give_one_outcome(one, other, run_to_end):
     ("one", "other"),
     [
         ({"poison_ratio": 0.5}, {"poison_ratio": 0.5, "data_ordering": "good_bad"}),
+        ({"poison_ratio": 0.5}, {"poison_ratio": 0.5, "poison_level": "client"}),
+        ({"poison_ratio": 0.5}, {"poison_ratio": 0.5, "poison_type": "random_noise"}),
+        ({"poison_ratio": 0.5}, {"poison_ratio": 0.5, **TARGET}),
         (
             {"poison_ratio": 0.5, "poison_level": "client", **TARGET},
             {"poison_ratio": 0.5, "poison_level": "client", "data_ordering": "bad_good", **TARGET},
         ),
         ({"poison_ratio": 1.0, **TARGET}, {"poison_ratio": 1.0, "data_ordering": "good_bad", **TARGET}),
-        ({}, {"partition_seed": 1}),
-        ({}, {"split_seed": 1}),
+        *(
+            ({}, changes)
+            for changes in (
+                {"seed": 1},
+                {"partition_seed": 1},
+                {"split_seed": 1},
+                {"model_type": "cnn"},
+                {"width_factor": 5},
+                {"depth": 2},
+                {"alpha": 5.0},
+                {"partition": "dirichlet_client"},
+                {"partition": "iid"},
+                {"min_client_size": 250},
+                {"num_clients": 5},
+                {"fraction_fit": 0.5},
+                {"aggregator": "fedavg_uniform"},
+                {"aggregator": "median"},
+                {"batch_size": 16},
+                {"global_rounds": 2},
+                {"local_epochs": 2},
+                {"lr": 0.05},
+                {"momentum": 0.5},
+                {"weight_decay": 0.1},
+                {"max_grad_norm": 0.1},
+                {"max_grad_norm": None},
+                {"validation_split": 0.2},
+                {"early_stopping_patience": 1, "min_delta": 9.0},
+            )
+        ),
     ],
 )
-def test_experiments_of_two_signatures_give_two_outcomes(one, other, run_to_end):
-    assert Experiment(**one).signature != Experiment(**other).signature
+def test_experiments_of_two_signatures_have_two_outcomes(
+    one: dict[str, object], other: dict[str, object], run_to_end: RunToEnd
+) -> None:
+    assert Experiment(**{**SMALL, **one}).signature != Experiment(**{**SMALL, **other}).signature
     assert run_to_end(**one) != run_to_end(**other)
 
 
-def test_it_learns_and_an_attack_costs_accuracy(run_to_end):
-    parameters = {"model_type": "cnn", "width_factor": 8, "global_rounds": 5, "local_epochs": 2, "alpha": 100}
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize(
+    ("model", "accuracy"),
+    [({"model_type": "lr", "width_factor": 32}, 0.85), ({"model_type": "cnn", "width_factor": 8}, 0.93)],
+)
+def test_it_learns_and_an_attack_costs_accuracy(
+    model: dict[str, object], accuracy: float, run_to_end: RunToEnd
+) -> None:
+    parameters = {**model, "num_clients": 4, "local_epochs": 2, "alpha": 100, "lr": 0.05}
     clean = run_to_end(**parameters)
     poisoned = run_to_end(**parameters, poison_ratio=0.5, poison_level="client")
-    assert clean.test_acc > 0.93
+    assert clean.test_acc is not None
+    assert poisoned.test_acc is not None
+    assert poisoned.attack_success_rate is not None
+    assert clean.test_acc > accuracy
     assert poisoned.test_acc < clean.test_acc - 0.1
     assert poisoned.attack_success_rate > 0.1
     assert clean.attack_success_rate is None
-    assert (poisoned.poisoned_clients, clean.poisoned_clients) == (2, 0)
+    assert (clean.poisoned_clients, clean.poisoned_samples) == (0, 0)
+    assert poisoned.poisoned_clients == 2
+    assert 0 < poisoned.poisoned_samples < 1293
 
 
-def test_the_result_is_that_of_the_round_with_the_least_validation_loss(digits, monkeypatch):
-    """The validation loss is made to be least in round 2; the weights of round 2 must be what is tested."""
-    experiment = Experiment(model_type="lr", depth=0, num_clients=2, global_rounds=4)
-    weights = []
-    evaluate = reference.evaluate_model
-
-    def scripted(model, images, labels):
-        weights.append(model.classifier.weight.detach().clone())
-        found = evaluate(model, images, labels)
-        return replace(found, loss=[5.0, 1.0, 3.0, 2.0, found.loss][len(weights) - 1])
-
-    monkeypatch.setattr(reference, "evaluate_model", scripted)
-    outcome = last(run(experiment, digits))
-    assert outcome.best_epoch == 2
-    assert outcome.val_loss == 1.0
-    assert outcome.val_acc == outcome.history[1].val_acc
-    assert torch.equal(weights[4], weights[1])
-    assert not torch.equal(weights[4], weights[3])
-
-
-def test_early_stopping_ends_the_rounds(digits, monkeypatch):
-    evaluate = reference.evaluate_model
-    monkeypatch.setattr(reference, "evaluate_model", lambda *args: replace(evaluate(*args), loss=1.0))
-    outcome = last(run(Experiment(model_type="lr", depth=0, num_clients=2, early_stopping_patience=3), digits))
-    assert (outcome.rounds_run, outcome.best_epoch) == (4, 1)
-
-
-def last(rounds):
-    while True:
-        try:
-            next(rounds)
-        except StopIteration as end:
-            return end.value
-
-
-def spoil(states, which):
-    """Make the weights of some clients not finite."""
-    return [
-        {name: tensor * math.nan if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-        if client in which
-        else state
-        for client, state in enumerate(states)
-    ]
-
-
-def test_a_client_with_infinite_weights_takes_no_part(digits):
-    experiment = Experiment(model_type="lr", depth=0, num_clients=3, global_rounds=2, partition="iid")
-    seen = []
-
-    def train(jobs):
-        seen.append(spoil([reference.train_one_client(job) for job in jobs], {1}))
-        return seen[-1]
-
-    outcome = last(run(experiment, digits, train_clients=train))
+def test_an_outcome_tells_what_was_measured(run_to_end: RunToEnd) -> None:
+    outcome = run_to_end(poison_ratio=0.25)
     assert outcome.outcome == "ok"
-    assert outcome.nonfinite_clients == 2
-    assert [report.nonfinite_clients for report in outcome.history] == [1, 1]
-    assert math.isfinite(outcome.test_loss)
+    assert outcome.num_parameters == 64 * 4 + 4 + 2 * 4 + 4 * 10 + 10
+    assert outcome.rounds_run == len(outcome.history) == 3
+    assert [report.round for report in outcome.history] == [1, 2, 3]
+    assert outcome.best_epoch == 1 + min(range(3), key=lambda place: outcome.history[place].val_loss)
+    assert (outcome.val_loss, outcome.val_acc) == (
+        outcome.history[outcome.best_epoch - 1].val_loss,
+        outcome.history[outcome.best_epoch - 1].val_acc,
+    )
+    assert outcome.per_class_test_acc is not None
+    assert len(outcome.per_class_test_acc) == 10
+    assert outcome.poisoned_clients == 4
+    assert (outcome.test_acc or 0) * 360 == pytest.approx(round((outcome.test_acc or 0) * 360))
+    assert outcome.nonfinite_clients == 0
 
 
-def test_an_experiment_whose_clients_are_all_infinite_has_diverged(digits):
-    experiment = Experiment(model_type="lr", depth=0, num_clients=3, global_rounds=5)
-    rounds = 0
-
-    def train(jobs):
-        nonlocal rounds
-        rounds += 1
-        trained = [reference.train_one_client(job) for job in jobs]
-        return spoil(trained, {0, 1, 2} if rounds == 2 else set())
-
-    outcome = last(run(experiment, digits, train_clients=train))
-    assert outcome.outcome == "diverged"
-    assert (outcome.rounds_run, outcome.nonfinite_clients) == (2, 3)
-    assert outcome.test_acc is outcome.val_loss is outcome.best_epoch is outcome.per_class_test_acc is None
-    assert outcome.num_parameters == 650
+# ----------------------------------------------------------------------------------------------------------- the rounds
 
 
-def test_a_learning_rate_beyond_reason_diverges_by_itself(run_to_end):
-    assert run_to_end(model_type="lr", depth=0, lr=1e38, max_grad_norm=None, momentum=0.99).outcome == "diverged"
-
-
-def test_aggregation_weighs_clients_by_their_samples(digits):
-    """One round in which client k's weights are all k: the global weights must be sum of n_k k / sum of n_k."""
-    experiment = Experiment(model_type="lr", depth=0, num_clients=4, global_rounds=1, alpha=0.3)
-    sizes = [len(own) for own in prepare(experiment, digits).clients]
-    assert len(set(sizes)) > 1
-
-    def train(jobs):
-        return [
-            {name: torch.full_like(tensor, float(k)) for name, tensor in job.model.state_dict().items()}
-            for k, job in enumerate(jobs)
-        ]
-
-    models = []
+@contextmanager
+def watched_evaluations(losses: Sequence[float] = ()) -> Iterator[list[dict[str, Tensor]]]:
+    """The weights of every model that is evaluated meanwhile. `losses` stand in for the first losses measured."""
     evaluate = reference.evaluate_model
+    script = iter(losses)
+    weights: list[dict[str, Tensor]] = []
+
+    def watched(model: nn.Module, images: Tensor, labels: Tensor) -> Evaluation:
+        weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        found = evaluate(model, images, labels)
+        return replace(found, loss=next(script, found.loss))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "evaluate_model", lambda m, *rest: (models.append(m), evaluate(m, *rest))[1])
-        last(run(experiment, digits, train_clients=train))
-    expected = sum(k * size for k, size in enumerate(sizes)) / sum(sizes)
-    assert models[0].classifier.weight.unique().tolist() == pytest.approx([expected])
+        patch.setattr(reference, "evaluate_model", watched)
+        yield weights
 
 
-def test_an_attack_on_a_class_that_is_not_there_is_an_error(digits):
-    with pytest.raises(ValueError, match="class 12, but digits has the classes 0 to 9"):
-        prepare(Experiment(target_class=12, poison_label=1, poison_ratio=0.5), digits)
+def same(one: State, other: State) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def spoiled(state: State, value: float = math.nan) -> State:
+    """The same with one weight that is not finite."""
+    changed = {name: tensor.clone() for name, tensor in state.items()}
+    changed["layers.1.weight"][0, 0] = value
+    return changed
+
+
+def test_aggregation_weighs_clients_by_all_their_training_samples(digits: ImageData, finish: RunToEnd) -> None:
+    """One round in which all weights of client k become k: those of the global model are sum n_k k / sum n_k."""
+    experiment = Experiment(**{**SMALL, "global_rounds": 1}, alpha=0.3)
+    sizes = [len(own) for own in form_federation(experiment, digits).clients]
+
+    def train(jobs: Sequence[ClientJob]) -> Iterator[State]:
+        for client, job in enumerate(jobs):
+            yield {name: torch.full_like(tensor, client) for name, tensor in job.model.state_dict().items()}
+
+    with watched_evaluations() as weights:
+        finish(experiment, digits, train_clients=train)
+    expected = sum(client * size for client, size in enumerate(sizes)) / sum(sizes)
+    assert abs(expected - 1.5) > 0.05, "the plain mean would be told apart"
+    assert weights[0]["layers.1.weight"].unique().tolist() == pytest.approx([expected])
+    assert weights[0]["layers.3.num_batches_tracked"].item() == 3
+
+
+@pytest.mark.parametrize("aggregator", ["fedavg", "fedavg_uniform", "median"])
+def test_a_round_starts_from_the_aggregate_of_the_last(aggregator: str, digits: ImageData, finish: RunToEnd) -> None:
+    experiment = Experiment(**{**SMALL, "global_rounds": 2}, aggregator=aggregator, fraction_fit=0.75)
+    started: list[dict[str, Tensor]] = []
+    trained: list[list[State]] = []
+    sizes: list[list[int]] = []
+
+    def train(jobs: Sequence[ClientJob]) -> list[State]:
+        started.append({name: tensor.clone() for name, tensor in jobs[0].model.state_dict().items()})
+        sizes.append([len(job.loader.labels) for job in jobs])
+        trained.append([train_one_client(job) for job in jobs])
+        return trained[-1]
+
+    finish(experiment, digits, train_clients=train)
+    assert same(started[0], initial_model(experiment, digits).state_dict())
+    assert len(trained[0]) == 3
+    for name, tensor in started[1].items():
+        stacked = torch.stack([state[name].double() for state in trained[0]])
+        if not tensor.is_floating_point():
+            expected = stacked.amax(dim=0)
+        elif aggregator == "median":
+            expected = stacked.median(dim=0).values  # of three, the middle one
+        else:
+            shares = sizes[0] if aggregator == "fedavg" else [1, 1, 1]
+            expected = torch.tensordot(torch.tensor(shares).double() / sum(shares), stacked, dims=1)
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_result_is_that_of_the_round_with_the_least_validation_loss(digits: ImageData, finish: RunToEnd) -> None:
+    """Made to be least in round 2: its weights are tested, and its accuracy is told."""
+    with watched_evaluations(losses=[5.0, 1.0, 3.0, 2.0]) as weights:
+        outcome = finish(Experiment(**{**SMALL, "global_rounds": 4}), digits)
+    assert (outcome.best_epoch, outcome.val_loss, outcome.rounds_run) == (2, 1.0, 4)
+    assert outcome.val_acc == outcome.history[1].val_acc
+    assert len({report.val_acc for report in outcome.history}) > 1
+    assert same(weights[4], weights[1])
+    assert not same(weights[4], weights[3])
+
+
+@pytest.mark.parametrize(
+    ("losses", "rounds_run", "best_epoch"),
+    [
+        ([3, 2, 2.5, 2.4, 2.3, 1], 5, 2),
+        ([3, 2, 2.5, 2.4, 1.5, 1.6, 1.7, 1.8, 1], 8, 5),
+        ([3, math.nan, math.inf, 4, 1], 4, 1),
+        ([math.nan, math.nan, 5, 6, 7, 8, 1], 6, 3),
+    ],
+)
+def test_early_stopping_ends_the_rounds(
+    losses: list[float], rounds_run: int, best_epoch: int, digits: ImageData, finish: RunToEnd
+) -> None:
+    with watched_evaluations(losses) as weights:
+        outcome = finish(Experiment(**{**SMALL, "global_rounds": 9}, early_stopping_patience=3), digits)
+    assert (outcome.rounds_run, outcome.best_epoch) == (rounds_run, best_epoch)
+    assert len(outcome.history) == rounds_run
+    assert same(weights[-1], weights[best_epoch - 1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_client_whose_weights_are_not_finite_takes_no_part_and_is_counted(
+    value: float, digits: ImageData, finish: RunToEnd
+) -> None:
+    experiment = Experiment(**{**SMALL, "global_rounds": 2}, alpha=0.5)
+    trained: list[list[State]] = []
+    sizes = [len(own) for own in form_federation(experiment, digits).clients]
+
+    def train(jobs: Sequence[ClientJob]) -> list[State]:
+        trained.append([train_one_client(job) for job in jobs])
+        return [spoiled(state, value) if client == 1 else state for client, state in enumerate(trained[-1])]
+
+    with watched_evaluations() as weights:
+        outcome = finish(experiment, digits, train_clients=train)
+    assert outcome.outcome == "ok"
+    assert [report.nonfinite_clients for report in outcome.history] == [1, 1]
+    assert outcome.nonfinite_clients == 2
+    others = [0, 2, 3]
+    total = sum(sizes[client] for client in others)
+    expected = sum(trained[0][client]["layers.4.weight"].double() * sizes[client] / total for client in others)
+    torch.testing.assert_close(weights[0]["layers.4.weight"].double(), expected, rtol=1e-6, atol=1e-9)
+
+
+def assert_diverged(outcome: Outcome, *, rounds_run: int, nonfinite_clients: int) -> None:
+    assert outcome.outcome == "diverged"
+    assert (outcome.rounds_run, outcome.nonfinite_clients) == (rounds_run, nonfinite_clients)
+    assert len(outcome.history) == rounds_run
+    empty = {"test_acc", "test_loss", "val_acc", "val_loss", "best_epoch", "attack_success_rate", "per_class_test_acc"}
+    assert {each.name for each in fields(outcome) if getattr(outcome, each.name) is None} == empty
+    assert outcome.num_parameters == 318
+    assert (outcome.poisoned_clients, outcome.poisoned_samples) == (4, 1293)
+
+
+def test_an_experiment_with_no_finite_client_in_a_round_has_diverged(digits: ImageData) -> None:
+    """Also where earlier rounds went well. The round is reported before the end."""
+
+    def train(jobs: Sequence[ClientJob]) -> list[State]:
+        trained.append([train_one_client(job) for job in jobs])
+        return [spoiled(state) for state in trained[-1]] if len(trained) == 2 else trained[-1]
+
+    trained: list[list[State]] = []
+    rounds = run(Experiment(**{**SMALL, "global_rounds": 5}, poison_ratio=1.0), digits, train_clients=train)
+    assert next(rounds).nonfinite_clients == 0
+    second = next(rounds)
+    assert second.nonfinite_clients == 4
+    assert math.isnan(second.val_loss)
+    assert math.isnan(second.val_acc)
+    with pytest.raises(StopIteration) as end:
+        next(rounds)
+    assert_diverged(end.value.value, rounds_run=2, nonfinite_clients=4)
+
+
+def test_an_experiment_whose_validation_loss_is_never_finite_has_diverged(digits: ImageData, finish: RunToEnd) -> None:
+    with watched_evaluations(losses=[math.nan, math.inf, math.nan]):
+        outcome = finish(Experiment(**SMALL, poison_ratio=1.0), digits)
+    assert_diverged(outcome, rounds_run=3, nonfinite_clients=0)
+    assert [str(report.val_loss) for report in outcome.history] == ["nan", "inf", "nan"]
+
+
+def test_a_learning_rate_beyond_reason_diverges_by_itself(run_to_end: RunToEnd) -> None:
+    outcome = run_to_end(lr=1e38, max_grad_norm=None, poison_ratio=1.0)
+    assert_diverged(outcome, rounds_run=outcome.rounds_run, nonfinite_clients=outcome.nonfinite_clients)
+
+
+def test_clients_of_one_sample_count_and_the_experiment_goes_on(
+    random_data: Callable[..., ImageData], finish: RunToEnd
+) -> None:
+    """20 training samples among 20 clients: nobody can train, so the model stays what it was."""
+    data = random_data(train=22)
+    experiment = Experiment(**{**SMALL, "num_clients": 20}, partition="iid")
+    with watched_evaluations() as weights:
+        outcome = finish(experiment, data)
+    assert (outcome.outcome, outcome.best_epoch, outcome.nonfinite_clients) == ("ok", 1, 0)
+    assert same(weights[0], initial_model(experiment, data).state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_partition_that_cannot_be_is_an_error_before_the_first_round(digits: ImageData) -> None:
+    with pytest.raises(PartitionError, match="num_clients=200 clients min_client_size=10"):
+        next(run(Experiment(**{**SMALL, "num_clients": 200}), digits))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"target_class": 5, "poison_label": 1}, "target_class is 5, but random has the classes 0 to 4"),
+        ({"target_class": 1, "poison_label": 7}, "poison_label is 7, but random has the classes 0 to 4"),
+    ],
+)
+def test_an_attack_on_a_class_that_is_not_there_is_an_error(
+    parameters: dict[str, object], message: str, random_data: Callable[..., ImageData]
+) -> None:
+    with pytest.raises(DataError) as caught:
+        next(run(Experiment(**SMALL, poison_ratio=0.5, **parameters), random_data(num_classes=5)))
+    assert str(caught.value) == message
+
+
+def test_a_target_that_does_not_matter_is_not_refused(random_data: Callable[..., ImageData]) -> None:
+    noise = {"poison_ratio": 0.5, "poison_type": "random_noise", "target_class": 5, "poison_label": 1}
+    next(run(Experiment(**SMALL, **noise), random_data(num_classes=5)))
+
+
+def test_images_of_one_class_are_an_error(random_data: Callable[..., ImageData]) -> None:
+    with pytest.raises(DataError, match="random has images of one class only"):
+        next(run(Experiment(**SMALL), random_data(num_classes=1)))
