@@ -1,6 +1,6 @@
 """How long the commands take that a person waits for: `fedsweep --help` beside `python -c pass`, in turn.
 
-    python benchmarks/startup.py
+python benchmarks/startup.py
 """
 
 from __future__ import annotations
