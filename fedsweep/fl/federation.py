@@ -55,7 +55,7 @@ def _check_classes(experiment: Experiment, data: ImageData) -> None:
     """Refuse what no grid can know before the data is read."""
     if data.num_classes < 2:
         raise DataError(f"{data.name} has images of one class only; there is nothing to tell apart")
-    if experiment.is_targeted:
+    if experiment.is_targeted and experiment.poison_ratio > 0:  # without an attack its target means nothing
         for name in ("target_class", "poison_label"):
             found = getattr(experiment, name)
             if found >= data.num_classes:

@@ -72,7 +72,7 @@ def build_model(experiment: Experiment, num_classes: int, in_channels: int, img_
     model = model.to_empty(device="cpu")
     # The Mersenne Twister keeps the low 32 bits of its seed, so that is how many initial models there are.
     initialise(model, torch.Generator().manual_seed(int(words(stream(experiment.seed, "init"), 1)[0])))
-    # A matter of memory layout only: convolutions of larger images are 1.2 to 1.4 times as fast so on a CPU.
+    # A matter of memory layout only: on a CPU, convolutions of larger images are faster so.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from PyTorch's annotations
     return model
 

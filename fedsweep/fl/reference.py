@@ -135,7 +135,8 @@ def train_client(model: nn.Module, loader: Iterable[Batch], experiment: Experime
 
 @torch.no_grad()
 def _sgd_step(experiment: Experiment, weights: Sequence[Tensor], velocities: list[Tensor | None]) -> None:
-    # The function inside torch.optim.SGD. The class, when first used, loads the compiler: 1.5 s and 80 MB a process.
+    # The function inside torch.optim.SGD. The class, when first used, loads PyTorch's compiler, which takes a process
+    # longer than many an experiment.
     sgd(
         list(weights),
         [weight.grad for weight in weights if weight.grad is not None],

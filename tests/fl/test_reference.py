@@ -437,9 +437,11 @@ def test_an_attack_on_a_class_that_is_not_there_is_an_error(
     assert str(caught.value) == message
 
 
-def test_a_target_that_does_not_matter_is_not_refused(random_data: Callable[..., ImageData]) -> None:
-    noise = {"poison_ratio": 0.5, "poison_type": "random_noise", "target_class": 5, "poison_label": 1}
-    next(run(Experiment(**SMALL, **noise), random_data(num_classes=5)))
+@pytest.mark.parametrize("attack", [{"poison_ratio": 0.5, "poison_type": "random_noise"}, {"poison_ratio": 0.0}])
+def test_a_target_that_does_not_matter_is_not_refused(
+    attack: dict[str, object], random_data: Callable[..., ImageData]
+) -> None:
+    next(run(Experiment(**SMALL, **attack, target_class=5, poison_label=1), random_data(num_classes=5)))
 
 
 def test_images_of_one_class_are_an_error(random_data: Callable[..., ImageData]) -> None:
