@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedsweep.manager.records import PlanChange
 from fedsweep.plan.experiment import Experiment
-from fedsweep.plan.grid import PlannedTask
+from fedsweep.plan.grid import Cell, PlannedTask
 
 # Experiments that agree in these have tensors of the same shapes, so one worker may train them together.
 COHORT_PARAMETERS = ("dataset", "model_type", "width_factor", "depth", "batch_size", "local_epochs", "num_clients")
 # Parameters that are never normalised away, so that equal experiments agree in them however they are spelled.
 MATCH_PARAMETERS = ("dataset", "model_type", "depth", "poison_ratio", "aggregator", "batch_size", "seed")
 PARAMETERS = tuple(Experiment.model_fields)
+PAGE = 1000  # tasks that are written at once
+
+Rows = Sequence[tuple[object, ...]]
 
 
 def enrol(
@@ -37,18 +40,21 @@ def enrol(
     planned = {task.signature for task in tasks}
     removed = [row for row in rows if not (keep_others or row["orphaned"] or row["signature"] in planned)]
     restored = sum(1 for row in rows if row["orphaned"] and row["signature"] in planned)
-    numbers = {row["signature"]: row["number"] for row in rows}
     _orphan(db, removed, now)
-    added = _store_tasks(db, tasks, numbers, given_ids or {})
     if not keep_others:
         db.execute("UPDATE cells SET active = 0 WHERE active = 1")
-    _store_cells(db, tasks, numbers)
-    _store_output_dirs(db)
+    ids = TaskIds((row["task_id"] for row in db.execute("SELECT task_id FROM tasks")), given_ids or {})
+    ids.reserve(tasks)
+    writer = _Writer(db, {row["signature"]: row["number"] for row in rows}, ids)
+    for start in range(0, len(tasks), PAGE):
+        writer.store(start, tasks[start : start + PAGE])
+    _forget_unused_cells(db)
+    _store_output_dirs(db, writer.differences, every_cell=keep_others)
     db.execute("DELETE FROM counts")
     db.execute("INSERT INTO counts SELECT status, orphaned, diverged, count(*) FROM tasks GROUP BY 1, 2, 3")
     return PlanChange(
-        added=added,
-        kept=len(planned) - added - restored,
+        added=writer.added,
+        kept=len(planned) - writer.added - restored,
         removed=len(removed),
         restored=restored,
         ended_attempts=tuple(row["attempt"] for row in removed if row["attempt"] is not None),
@@ -68,43 +74,62 @@ def _orphan(db: sqlite3.Connection, removed: Sequence[sqlite3.Row], now: str) ->
     )
 
 
-def _store_tasks(
-    db: sqlite3.Connection, tasks: Sequence[PlannedTask], numbers: dict[str, int], given_ids: Mapping[str, str]
-) -> int:
-    """Insert the new tasks, noting their `numbers`, and bring the known ones up to date; how many are new."""
-    known = [(position, task) for position, task in enumerate(tasks) if task.signature in numbers]
-    new = [(position, task) for position, task in enumerate(tasks) if task.signature not in numbers]
-    present = ((_present_columns(position, task), numbers[task.signature]) for position, task in known)
-    db.executemany(
-        "UPDATE tasks SET phase = ?1, output_dir = ?2, options = ?3, position = ?4, orphaned = 0 WHERE number = ?5 "
-        "AND (phase, output_dir, options, position, orphaned) IS NOT (?1, ?2, ?3, ?4, 0)",
-        ((*columns, number) for columns, number in present),
-    )
-    ids = TaskIds((row["task_id"] for row in db.execute("SELECT task_id FROM tasks")), given_ids)
-    ids.reserve(tasks)
-    first = db.execute("SELECT coalesce(max(number), 0) + 1 FROM tasks").fetchone()[0]
-    numbers.update((task.signature, number) for number, (_, task) in enumerate(new, start=first))
-    db.executemany(
-        "INSERT INTO tasks "
-        "(number, signature, task_id, seed, match_key, cohort, experiment, phase, output_dir, options, position) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            (numbers[task.signature], *_identity_columns(task, ids), *_present_columns(position, task))
-            for position, task in new
-        ),
-    )
-    return len(new)
+class _Writer:
+    """Writes tasks with their cells, page by page: a grid of 100,000 is never in memory twice."""
 
+    def __init__(self, db: sqlite3.Connection, numbers: dict[str, int], ids: TaskIds) -> None:
+        self.added = 0
+        self.differences: dict[str, _Differences] = {}
+        self._db = db
+        self._numbers = numbers
+        self._ids = ids
+        self._next_number = max(numbers.values(), default=0) + 1
+        self._next_cell = 0
 
-def _identity_columns(task: PlannedTask, ids: TaskIds) -> tuple[str, str, int, str, str, str]:
-    values = parameters(task.experiment)
-    task_id = ids.take(task)
-    keys = (join(values, MATCH_PARAMETERS), join(values, COHORT_PARAMETERS))
-    return (task.signature, task_id, values["seed"], *keys, dump(values))
+    def store(self, start: int, tasks: Sequence[PlannedTask]) -> None:
+        """Store a page of tasks, the first of which has the position `start`."""
+        inserts, updates, cells = [], [], []
+        for position, task in enumerate(tasks, start):
+            values = parameters(task.experiment)
+            spelled = dump(values)
+            present = (task.phase, task.output_dir, dump(task.options.__dict__), position)
+            number = self._numbers.get(task.signature)
+            if number is None:
+                number = self._numbers[task.signature] = self._next_number
+                self._next_number += 1
+                keys = (join(values, MATCH_PARAMETERS), join(values, COHORT_PARAMETERS))
+                inserts.append((number, task.signature, self._ids.take(task), values["seed"], *keys, spelled, *present))
+            else:
+                updates.append((*present, number))
+            cells += [self._cell(number, cell, task, spelled) for cell in task.cells]
+        self._write(inserts, updates, cells)
+        self.added += len(inserts)
 
+    def _cell(self, task_number: int, cell: Cell, task: PlannedTask, spelled: str) -> tuple[object, ...]:
+        if cell.experiment is not task.experiment:
+            spelled = dump(parameters(cell.experiment))
+        self.differences.setdefault(cell.output_dir, _Differences()).note(cell.experiment.__dict__)
+        digest = hashlib.sha256(f"{cell.phase}\0{cell.output_dir}\0{spelled}".encode()).digest()[:12]
+        self._next_cell += 1
+        return task_number, digest, cell.phase, cell.output_dir, spelled, self._next_cell
 
-def _present_columns(position: int, task: PlannedTask) -> tuple[str, str, str, int]:
-    return task.phase, task.output_dir, dump(task.options.model_dump()), position
+    def _write(self, inserts: Rows, updates: Rows, cells: Rows) -> None:
+        self._db.executemany(
+            "INSERT INTO tasks "
+            "(number, signature, task_id, seed, match_key, cohort, experiment, phase, output_dir, options, position) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            inserts,
+        )
+        self._db.executemany(
+            "UPDATE tasks SET phase = ?1, output_dir = ?2, options = ?3, position = ?4, orphaned = 0 WHERE number = ?5 "
+            "AND (phase, output_dir, options, position, orphaned) IS NOT (?1, ?2, ?3, ?4, 0)",
+            updates,
+        )
+        self._db.executemany(
+            "INSERT INTO cells (task, digest, phase, output_dir, spelled, position) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (task, digest) DO UPDATE SET active = 1, position = excluded.position",
+            cells,
+        )
 
 
 class TaskIds:
@@ -144,31 +169,22 @@ class TaskIds:
         return wanted
 
 
-def _store_cells(db: sqlite3.Connection, tasks: Sequence[PlannedTask], numbers: Mapping[str, int]) -> None:
-    db.executemany(
-        "INSERT INTO cells (task, digest, phase, output_dir, spelled, position) VALUES (?, ?, ?, ?, ?, ?) "
-        "ON CONFLICT (task, digest) DO UPDATE SET active = 1, position = excluded.position",
-        ((*columns, position) for position, columns in enumerate(_cell_columns(tasks, numbers))),
-    )
+def _forget_unused_cells(db: sqlite3.Connection) -> None:
+    """Delete cells that are gone and whose task never ran: no row can come of them."""
     db.execute(
         "DELETE FROM cells WHERE active = 0 AND task NOT IN (SELECT task FROM results) "
         "AND task NOT IN (SELECT task FROM attempts)"
     )
 
 
-def _cell_columns(tasks: Iterable[PlannedTask], numbers: Mapping[str, int]) -> Iterator[tuple[object, ...]]:
-    for task in tasks:
-        for cell in task.cells:
-            spelled = dump(parameters(cell.experiment))
-            digest = hashlib.sha256(f"{dump([cell.phase, cell.output_dir])}{spelled}".encode()).digest()[:12]
-            yield numbers[task.signature], digest, cell.phase, cell.output_dir, spelled
+def _store_output_dirs(db: sqlite3.Connection, differences: dict[str, _Differences], *, every_cell: bool) -> None:
+    """Note every folder that has cells, and in which parameters those differ: its rows need these as columns.
 
-
-def _store_output_dirs(db: sqlite3.Connection) -> None:
-    """Note every folder that has cells, and in which parameters those differ: its rows need these as columns."""
-    differences: dict[str, _Differences] = {}
-    active: set[str] = set()
-    for row in db.execute("SELECT output_dir, spelled, active FROM cells"):
+    `differences` has the cells that were just written; the others are read.
+    """
+    active = set(differences)
+    condition = "" if every_cell else "WHERE active = 0"
+    for row in db.execute(f"SELECT output_dir, spelled, active FROM cells {condition}"):
         differences.setdefault(row["output_dir"], _Differences()).note(json.loads(row["spelled"]))
         if row["active"]:
             active.add(row["output_dir"])

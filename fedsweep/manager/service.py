@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 TELL_DONE_S = 8.0  # longer than workers wait before they ask again
+CLOSING_S = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -29,9 +30,8 @@ async def serve(manager: ExperimentManager, *, stay: bool, grace_s: float) -> No
     Raises:
         UsageError: the address cannot be listened on.
     """
-    server = await listen(
-        manager.host, manager.port, manager.handle_client, insecure_plaintext=manager.insecure_plaintext
-    )
+    connections = _Connections(manager)
+    server = await listen(manager.host, manager.port, connections.serve, insecure_plaintext=manager.insecure_plaintext)
     manager.port = server.sockets[0].getsockname()[1]
     write_address(manager.state_dir, manager.host, manager.port)
     log.info("listening on %s:%d", manager.host, manager.port)
@@ -43,6 +43,30 @@ async def serve(manager: ExperimentManager, *, stay: bool, grace_s: float) -> No
         manager.running = False
         remove_address(manager.state_dir)
         server.close()
+        await connections.close()
+
+
+class _Connections:
+    """The open connections, so that they can be ended in order rather than cancelled."""
+
+    def __init__(self, manager: ExperimentManager) -> None:
+        self._manager = manager
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            await self._manager.handle_client(reader, writer)
+        finally:
+            self._writers.discard(writer)
+
+    async def close(self) -> None:
+        """Close every connection, and wait until nobody is served any more."""
+        deadline = asyncio.get_running_loop().time() + CLOSING_S
+        while self._writers and asyncio.get_running_loop().time() < deadline:
+            for writer in list(self._writers):
+                writer.close()
+            await asyncio.sleep(0.01)
 
 
 @contextmanager

@@ -396,6 +396,8 @@ def test_status_names_what_failed_for_good(managers):
     assert status["failures"] == [{"task_id": "p_0_42", "error": "PartitionError: alpha is too small"}]
     assert (status["progress"], status["done"]) == (1.0, True)
     assert manager.tasks["p_0_42"]["last_error"] == trace
+    message = manager.sweep.task_message(manager.sweep.ledger.view.task("p_0_42"))
+    assert message["last_error"] == "PartitionError: alpha is too small"  # 256 of them must fit into one answer
     assert brief("x" * 500) == "x" * 299 + "…"
     assert brief(" \n") == ""
 

@@ -348,6 +348,22 @@ def test_a_line_that_is_still_being_written_is_waited_for(managers, finish, read
     assert read_rows(FIRST)[2]["dataset"] == "mnist"
 
 
+def test_a_result_is_not_glued_to_a_line_that_is_still_being_written(managers, finish, read_rows, check_sound):
+    manager = managers()
+    finish(manager, 1)
+    strange = FIRST.read_text().splitlines()[1].replace("digits", "mnist")
+    with FIRST.open("a") as stream:
+        stream.write(strange[:40])
+        stream.flush()
+        finish(manager, 1)
+        stream.write(strange[40:] + "\n")
+    manager.refresh_completed()
+    manager.close()
+    check_sound(".fedsweep/ledger.sqlite3")
+    assert strange in FIRST.read_text().splitlines()
+    assert not list(Path("out/first").glob("*.torn-*"))
+
+
 def test_a_line_that_nobody_ends_is_cut_off_after_a_while(managers, finish, clock, check_sound):
     manager = managers()
     finish(manager, 1)

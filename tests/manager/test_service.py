@@ -197,10 +197,12 @@ def test_workers_of_a_manager_that_was_killed_at_the_end_still_hear_that_all_is_
 # ---- in this process
 
 
-def test_a_sweep_runs_to_its_end(serve, client, make_result, check_sound):
+def test_a_sweep_runs_to_its_end(serve, client, make_result, check_sound, caplog):
     serve()
     assert work(client, make_result) == 8
     serve.join()
+    assert client.stream.readline() == b""  # the connection was ended in order, though this client left it open
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
     check_sound(".fedsweep/ledger.sqlite3")
     assert sorted(os.listdir("out/first")) == ["final_results.csv", "history.parquet", "summary.csv"]
     assert not Path(".fedsweep/manager.json").exists()
