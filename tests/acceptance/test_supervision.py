@@ -18,7 +18,7 @@ from fedsweep.launch.local import Child
 pytestmark = pytest.mark.acceptance
 
 SWEEP = """\
-defaults: {dataset: digits, model_type: lr, width_factor: 4, depth: 1, num_clients: 4, output_dir: out}
+defaults: {dataset: digits, model_type: lr, width_factor: 4, depth: 1, num_clients: 4, local_epochs: 3, output_dir: out}
 tiny:
   combinations:
     - poison_ratio: [0.0, 0.25, 0.5, 0.75]
@@ -26,10 +26,10 @@ tiny:
 """
 
 
-def run(folder: Path) -> subprocess.Popen[str]:
+def run(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     (folder / "sweep.yaml").write_text(SWEEP)
     return subprocess.Popen(
-        [sys.executable, "-m", "fedsweep", "run", "sweep.yaml", "--device", "cpu"],
+        [sys.executable, "-m", "fedsweep", "run", "sweep.yaml", "--device", "cpu", *overrides],
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -84,7 +84,7 @@ def test_nothing_outlives_a_killed_run_and_the_same_command_goes_on(tmp_path, wa
 
 
 def test_a_second_sweep_on_the_same_state_says_who_holds_it(tmp_path, wait_until):
-    process = run(tmp_path)
+    process = run(tmp_path, "global_rounds=100000", "early_stopping_patience=null")  # so that it is still there
     wait_until(lambda: (tmp_path / ".fedsweep" / "manager.json").exists(), 60, "a manager")
     manager = json.loads((tmp_path / ".fedsweep" / "manager.json").read_text())["pid"]
     second = run(tmp_path)
