@@ -138,7 +138,8 @@ def _worker_arguments(request: RunRequest, device: str) -> list[str]:
 @contextmanager
 def _stop_signals() -> Iterator[None]:
     """Make SIGTERM and a closed terminal end the sweep as Ctrl-C does."""
-    kinds = (signal.SIGTERM, signal.SIGHUP)
+    # SIGINT too: a shell that starts a command in the background has it ignored.
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {kind: signal.signal(kind, signal.default_int_handler) for kind in kinds}
     try:
         yield
