@@ -37,7 +37,12 @@ def evaluate_model(model: nn.Module, images: Tensor, labels: Tensor, batch_size:
     if len(images) == 0:
         raise ValueError("there are no images to evaluate the model on")
     model.eval()
-    logits = torch.cat([model(normalised(batch)) for batch in torch.split(images, batch_size)])  # [M, L]
+    logits = torch.cat([model(normalised(batch)) for batch in torch.split(images, batch_size)])
+    return evaluation_of(logits, labels)
+
+
+def evaluation_of(logits: Tensor, labels: Tensor) -> Evaluation:
+    """What logits [M, L] say of images with labels int64 [M]."""
     losses = functional.cross_entropy(logits, labels, reduction="none")
     predictions = logits.argmax(dim=1)
     right = predictions == labels

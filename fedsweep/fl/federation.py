@@ -34,7 +34,34 @@ def form_federation(experiment: Experiment, data: ImageData) -> Federation:
         PartitionError: the samples cannot be divided so.
         DataError: the attack names a class that the data set does not have, or there is but one class.
     """
-    _check_classes(experiment, data)
+    return poisoned_federation(experiment, data, divide(experiment, data))
+
+
+@dataclass(frozen=True)
+class Division:
+    """Who holds which sample, before any attack; the same for experiments that differ in nothing else than the attack.
+
+    All positions count in the whole training set.
+    """
+
+    validation: Indices
+    clients: tuple[Indices, ...]
+
+
+def division_key(experiment: Experiment) -> tuple[object, ...]:
+    """What decides an experiment's `Division` of a data set."""
+    split_seed = experiment.seed if experiment.split_seed is None else experiment.split_seed
+    partition_seed = experiment.seed if experiment.partition_seed is None else experiment.partition_seed
+    names = ("validation_split", "num_clients", "alpha", "partition", "min_client_size")
+    return split_seed, partition_seed, *(getattr(experiment, name) for name in names)
+
+
+def divide(experiment: Experiment, data: ImageData) -> Division:
+    """Set the validation samples aside and divide the others among the clients.
+
+    Raises:
+        PartitionError: the samples cannot be divided so.
+    """
     labels = data.train_labels.cpu().numpy()
     split_seed = experiment.seed if experiment.split_seed is None else experiment.split_seed
     partition_seed = experiment.seed if experiment.partition_seed is None else experiment.partition_seed
@@ -47,8 +74,19 @@ def form_federation(experiment: Experiment, data: ImageData) -> Federation:
         min_client_size=experiment.min_client_size,
         method=experiment.partition,
     )
-    clients = tuple(training[part] for part in parts)
-    return Federation(validation, clients, poison(experiment, labels, clients, data.num_classes))
+    return Division(validation, tuple(training[part] for part in parts))
+
+
+def poisoned_federation(experiment: Experiment, data: ImageData, division: Division) -> Federation:
+    """The federation of a division of the training set, poisoned.
+
+    Raises:
+        DataError: the attack names a class that the data set does not have, or there is but one class.
+    """
+    _check_classes(experiment, data)
+    labels = data.train_labels.cpu().numpy()
+    poisoning = poison(experiment, labels, division.clients, data.num_classes)
+    return Federation(division.validation, division.clients, poisoning)
 
 
 def _check_classes(experiment: Experiment, data: ImageData) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,48 +14,15 @@ from torch.optim.sgd import sgd
 
 from fedsweep.fl.aggregate import AGGREGATORS, is_finite
 from fedsweep.fl.data import ImageData, normalised
-from fedsweep.fl.evaluate import attack_success_rate, evaluate_model
+from fedsweep.fl.evaluate import evaluate_model
 from fedsweep.fl.federation import Federation, epoch_orders, form_federation, participants
 from fedsweep.fl.models import build_model, count_parameters
+from fedsweep.fl.outcome import Outcome, RoundReport, diverged, tested
 from fedsweep.fl.repeatable import repeatable
 from fedsweep.fl.stopping import EarlyStopping
 from fedsweep.plan.experiment import Experiment
 
 Batch = tuple[Tensor, Tensor]  # images float32 [B, C, S, S], labels int64 [B]
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """How a round ended."""
-
-    round: int  # counted from 1
-    val_loss: float  # of the global model; may be nan or inf, and is nan where no client was left to make one
-    val_acc: float  # nan where no client was left
-    nonfinite_clients: int  # clients left out because a weight was not finite
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of an experiment, which is that of its round with the least validation loss.
-
-    An experiment diverged where in some round no client had finite weights, or where no round had a finite validation
-    loss. Everything that would be measured on the best round is then None.
-    """
-
-    outcome: Literal["ok", "diverged"]
-    test_acc: float | None
-    test_loss: float | None
-    val_acc: float | None
-    val_loss: float | None
-    best_epoch: int | None  # the number of the best round, from 1
-    num_parameters: int
-    attack_success_rate: float | None  # `evaluate.attack_success_rate` says where there is none
-    per_class_test_acc: tuple[float | None, ...] | None
-    poisoned_clients: int  # clients that hold at least one poisoned sample
-    poisoned_samples: int
-    nonfinite_clients: int  # sum over the rounds
-    rounds_run: int
-    history: tuple[RoundReport, ...]
 
 
 @dataclass(frozen=True)
@@ -210,7 +176,7 @@ def run(
         if not finite:
             history.append(RoundReport(number, math.nan, math.nan, lost))
             yield history[-1]
-            return _diverged(model, federation, history)
+            return diverged(count_parameters(model), federation, history)
         weights = AGGREGATORS[experiment.aggregator](
             [weights for _, weights in finite], [len(job.loader.labels) for job, _ in finite]
         )
@@ -222,9 +188,10 @@ def run(
         if stopping.should_stop:
             break
     if stopping.best_round is None:
-        return _diverged(model, federation, history)
+        return diverged(count_parameters(model), federation, history)
     model.load_state_dict(stopping.best_weights)
-    return _tested(experiment, model, data, federation, history, stopping.best_round)
+    test = evaluate_model(model, data.test_images, data.test_labels)
+    return tested(experiment, data, test, count_parameters(model), federation, history, stopping.best_round)
 
 
 def _client_data(federation: Federation, data: ImageData) -> list[ClientData]:
@@ -241,45 +208,3 @@ def _one_after_another(model: nn.Module) -> TrainClients:
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
-
-
-def _diverged(model: nn.Module, federation: Federation, history: Sequence[RoundReport]) -> Outcome:
-    return Outcome(
-        outcome="diverged",
-        test_acc=None,
-        test_loss=None,
-        val_acc=None,
-        val_loss=None,
-        best_epoch=None,
-        num_parameters=count_parameters(model),
-        attack_success_rate=None,
-        per_class_test_acc=None,
-        poisoned_clients=federation.poisoning.poisoned_clients,
-        poisoned_samples=federation.poisoning.poisoned_samples,
-        nonfinite_clients=sum(report.nonfinite_clients for report in history),
-        rounds_run=len(history),
-        history=tuple(history),
-    )
-
-
-def _tested(
-    experiment: Experiment,
-    model: nn.Module,
-    data: ImageData,
-    federation: Federation,
-    history: Sequence[RoundReport],
-    best_round: int,
-) -> Outcome:
-    """The outcome of the best round, whose weights the model has."""
-    test = evaluate_model(model, data.test_images, data.test_labels)
-    return replace(
-        _diverged(model, federation, history),
-        outcome="ok",
-        test_acc=test.accuracy,
-        test_loss=test.loss,
-        val_acc=history[best_round - 1].val_acc,
-        val_loss=history[best_round - 1].val_loss,
-        best_epoch=best_round,
-        attack_success_rate=attack_success_rate(experiment, test.predictions, data.test_labels, data.num_classes),
-        per_class_test_acc=test.per_class_accuracy,
-    )

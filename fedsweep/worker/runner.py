@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from fedsweep import __version__
 from fedsweep.datasets import load_global_dataset
 from fedsweep.fl.data import ImageData
+from fedsweep.fl.outcome import Outcome, RoundReport
 from fedsweep.fl.reference import (
     ClientDataloader,
     ClientJob,
-    Outcome,
-    RoundReport,
     TrainClients,
     initial_model,
     run,

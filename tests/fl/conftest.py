@@ -9,7 +9,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from fedsweep.fl.data import ImageData
-from fedsweep.fl.reference import Outcome, run
+from fedsweep.fl.outcome import Outcome
+from fedsweep.fl.reference import run
 from fedsweep.plan.experiment import Experiment
 
 

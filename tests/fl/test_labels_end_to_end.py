@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedsweep.fl import reference
 from fedsweep.fl.data import ImageData
-from fedsweep.fl.reference import Outcome
+from fedsweep.fl.outcome import Outcome
 from fedsweep.plan.experiment import Experiment
 
 Pairs = list[tuple[int, int]]  # numbers of images, and the labels that came with them

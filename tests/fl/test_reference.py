@@ -21,7 +21,8 @@ from fedsweep.fl import reference
 from fedsweep.fl.data import ImageData
 from fedsweep.fl.evaluate import Evaluation
 from fedsweep.fl.federation import form_federation
-from fedsweep.fl.reference import ClientJob, Outcome, initial_model, run, train_one_client
+from fedsweep.fl.outcome import Outcome
+from fedsweep.fl.reference import ClientJob, initial_model, run, train_one_client
 from fedsweep.plan.experiment import Experiment
 
 SMALL = {"model_type": "lr", "width_factor": 4, "depth": 1, "num_clients": 4, "global_rounds": 3}
