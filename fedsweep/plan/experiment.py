@@ -155,7 +155,7 @@ class Experiment(BaseModel):
     def signature(self) -> str:
         """What identifies the computation: `dataset|model_type|…|seed|digest`."""
         values = self.canonical()
-        named = [_key_part(values[name]) for name in NAMED_COLUMNS]
+        named = [key_part(values[name]) for name in NAMED_COLUMNS]
         digest = hashlib.sha256(_CANONICAL_JSON.encode(values).encode()).hexdigest()[:12]
         return "|".join([*named, digest])
 
@@ -164,7 +164,8 @@ _SORTED_NAMES = tuple(sorted(Experiment.model_fields))
 _CANONICAL_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
-def _key_part(value: object) -> str:
+def key_part(value: object) -> str:
+    """A value as it stands in a signature, between bars."""
     if isinstance(value, str):
         return value.replace("%", "%25").replace("|", "%7C")
     return "none" if value is None else str(value)
@@ -181,6 +182,9 @@ class RunOptions(BaseModel):
     """A name for people; decides nothing."""
     num_parallel_workers: Integer = Field(default=1, ge=1, le=256, json_schema_extra=_unit("processes"))
     """Processes that train the clients of a round side by side, on a CPU."""
+    engine: Literal["batched", "reference"] = "batched"
+    """`batched`: the clients of many experiments of one shape are trained as one program. `reference`: one client after
+    another, slow and obvious; for checking."""
     optimizer: Literal["sgd"] = "sgd"
     """The clients' optimiser."""
     device: Text = "auto"

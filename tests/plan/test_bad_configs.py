@@ -273,7 +273,7 @@ exp1:
     "an unknown parameter like no other": Bad(
         "defaults: {zzz: 1}\n" + PHASE,
         [
-            "a.yaml:1: defaults.zzz: unknown parameter (known: dataset, model_type, width_factor, depth, poison_ratio, poison_type, poison_level, target_class, poison_label, alpha, partition, min_client_size, data_ordering, aggregator, batch_size, num_clients, fraction_fit, global_rounds, local_epochs, lr, momentum, weight_decay, max_grad_norm, validation_split, early_stopping_patience, min_delta, partition_seed, split_seed, seed, output_dir, project_name, num_parallel_workers, optimizer, device, load_to_memory)",
+            "a.yaml:1: defaults.zzz: unknown parameter (known: dataset, model_type, width_factor, depth, poison_ratio, poison_type, poison_level, target_class, poison_label, alpha, partition, min_client_size, data_ordering, aggregator, batch_size, num_clients, fraction_fit, global_rounds, local_epochs, lr, momentum, weight_decay, max_grad_norm, validation_split, early_stopping_patience, min_delta, partition_seed, split_seed, seed, output_dir, project_name, num_parallel_workers, engine, optimizer, device, load_to_memory)",
         ],
     ),
     "defaults that are no mapping": Bad(
@@ -297,6 +297,7 @@ defaults:
   model_type: resnet
   aggregator: mediann
   optimizer: adam
+  engine: batch
   partition: 3
 exp1:
   combinations:
@@ -308,11 +309,12 @@ exp1:
             'a.yaml:3: defaults.model_type: "resnet" is not a model type (allowed: cnn, lr)',
             'a.yaml:4: defaults.aggregator: "mediann" is not an aggregator; did you mean "median"? (fedavg, fedavg_uniform, median)',
             'a.yaml:5: defaults.optimizer: "adam" is not an optimizer (allowed: sgd)',
-            "a.yaml:6: defaults.partition: 3 is a number; partition is dirichlet_class, dirichlet_client, iid",
-            'a.yaml:9: exp1.combinations[0].poison_type[1]: "label_flop" is not a poison type; did you mean "label_flip"? (label_flip, random_noise)',
-            'a.yaml:10: exp1.combinations[1].dataset[0]: "cifar-10" is not a dataset; did you mean "cifar10"? (digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, parquet:PATH)',
-            'a.yaml:10: exp1.combinations[1].dataset[1]: "parquet:" names no path; write parquet:PATH, as in parquet:data/cifar10',
-            'a.yaml:10: exp1.combinations[1].dataset[2]: "imagenet" is not a dataset (allowed: digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, parquet:PATH)',
+            'a.yaml:6: defaults.engine: "batch" is not an engine; did you mean "batched"? (batched, reference)',
+            "a.yaml:7: defaults.partition: 3 is a number; partition is dirichlet_class, dirichlet_client, iid",
+            'a.yaml:10: exp1.combinations[0].poison_type[1]: "label_flop" is not a poison type; did you mean "label_flip"? (label_flip, random_noise)',
+            'a.yaml:11: exp1.combinations[1].dataset[0]: "cifar-10" is not a dataset; did you mean "cifar10"? (digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, parquet:PATH)',
+            'a.yaml:11: exp1.combinations[1].dataset[1]: "parquet:" names no path; write parquet:PATH, as in parquet:data/cifar10',
+            'a.yaml:11: exp1.combinations[1].dataset[2]: "imagenet" is not a dataset (allowed: digits, mnist, fashion_mnist, kmnist, cifar10, cifar100, parquet:PATH)',
         ],
     ),
     "numbers": Bad(
