@@ -13,7 +13,7 @@ from fedsweep.manager.enrolment import MATCH_PARAMETERS, join
 from fedsweep.manager.protocol import ResultData
 from fedsweep.plan.experiment import Experiment, check_value
 
-TEXT_FIELDS = ("outcome", "device", "worker", "fedsweep_version", "torch_version", "finished_at")
+TEXT_FIELDS = ("outcome", "device", "plan", "worker", "fedsweep_version", "torch_version", "finished_at")
 INTEGER_FIELDS = (
     "num_parameters",
     "best_epoch",

@@ -48,6 +48,7 @@ PROVENANCE_COLUMNS = (
     "rounds_run",
     "wall_time_s",
     "device",
+    "plan",
     "worker",
     "fedsweep_version",
     "torch_version",

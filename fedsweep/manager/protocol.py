@@ -289,6 +289,7 @@ class ResultData(BaseModel):
     rounds_run: Count | None = None
     wall_time_s: Spread | None = None
     device: Id | None = None
+    plan: Id | None = None
     worker: Id | None = None
     fedsweep_version: Id | None = None
     torch_version: Id | None = None
@@ -304,7 +305,10 @@ class ResultData(BaseModel):
         return accuracy
 
 
-PROVENANCE_FIELDS = ("wall_time_s", "device", "worker", "fedsweep_version", "torch_version", "finished_at")
+PROVENANCE_FIELDS = (
+    *("wall_time_s", "device", "plan", "worker"),
+    *("fedsweep_version", "torch_version", "finished_at"),
+)
 SCIENCE_FIELDS = tuple(name for name in ResultData.model_fields if name not in PROVENANCE_FIELDS)
 
 

@@ -175,7 +175,8 @@ def test_a_row_with_a_signature_belongs_to_that_computation_only(managers, folde
 def test_a_finished_folder_is_taken_over_by_a_fresh_state(managers, make_result, folder, check_sound):
     manager = managers()
     while task := manager.get_next_task("w"):
-        changes = {"worker": "=w", "device": "cpu", "wall_time_s": 1.5, "attack_success_rate": 0.25, "rounds_run": 2}
+        origin = {"worker": "=w", "device": "cpu", "plan": "loop", "wall_time_s": 1.5}
+        changes = {**origin, "attack_success_rate": 0.25, "rounds_run": 2}
         manager.save_result(task["task_id"], "w", make_result(task, **changes), task["attempt"])
     manager.close()
     before = FIRST.read_bytes()

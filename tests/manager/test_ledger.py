@@ -171,9 +171,9 @@ def test_a_result_is_kept_as_it_came_and_survives_a_restart(fresh, ledgers, make
 def test_a_second_result_that_differs_is_kept_as_a_conflict(fresh, make_result):
     ledger = fresh(ONE)
     (task,) = ledger.hand_out("w", 60)
-    result = make_result(task.as_dict(), worker="w", wall_time_s=1.0)
+    result = make_result(task.as_dict(), worker="w", wall_time_s=1.0, plan="loop")
     ledger.accept(task.task_id, "w", result, task.attempt)
-    elsewhere = {**result, "worker": "v", "wall_time_s": 2.0}  # time and place may differ
+    elsewhere = {**result, "worker": "v", "wall_time_s": 2.0, "plan": "reference"}  # time and place may differ
     assert ledger.accept(task.task_id, "v", elsewhere, task.attempt) == "duplicate"
     assert ledger.view.conflicts() == []
     other = {**result, "mean_test_acc": 0.125}

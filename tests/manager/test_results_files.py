@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 from pathlib import Path
@@ -136,6 +137,32 @@ def test_diverged_rows_have_no_metrics(managers, finish, read_rows):
 def test_the_worker_s_name_cannot_run_in_a_spreadsheet(managers, finish, read_rows):
     finish(managers(), 1, worker="=HYPERLINK(1)", device="@gpu\n1")
     assert (read_rows(FIRST)[0]["worker"], read_rows(FIRST)[0]["device"]) == ("'=HYPERLINK(1)", "'@gpu 1")
+
+
+def test_a_row_says_which_plan_computed_it(managers, finish, read_rows):
+    assert PROVENANCE_COLUMNS.index("plan") == PROVENANCE_COLUMNS.index("device") + 1
+    finish(managers(), 1, plan="native w4x16")
+    assert read_rows(FIRST)[0]["plan"] == "native w4x16"
+
+
+def test_a_file_from_before_a_column_was_added_gets_it_and_keeps_its_rows(managers, finish, read_rows, check_sound):
+    manager = managers()
+    finish(manager, 3, device="cpu", plan="loop")
+    manager.close()
+    before = read_rows(FIRST)
+    with FIRST.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [name for name in before[0] if name != "plan"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(before)
+        writer.writerow({**before[0], "phase": "a colleague's", "seed": 99, "signature": ""})
+    finish(managers(), plan="loop")
+    rows = read_rows(FIRST)
+    ours, others = [row for row in rows if row["signature"]], [row for row in rows if not row["signature"]]
+    assert ours[: len(before)] == before
+    assert {row["plan"] for row in ours} == {"loop"}
+    assert [(row["phase"], row["plan"]) for row in others] == [("a colleague's", "")]
+    assert list(FIRST.parent.glob("*.torn-*")) == []
+    check_sound(".fedsweep/ledger.sqlite3")
 
 
 # ---- repair
