@@ -155,7 +155,9 @@ def test_a_file_from_before_a_column_was_added_gets_it_and_keeps_its_rows(manage
         writer.writeheader()
         writer.writerows(before)
         writer.writerow({**before[0], "phase": "a colleague's", "seed": 99, "signature": ""})
-    finish(managers(), plan="loop")
+    manager = managers()
+    finish(manager, plan="loop")
+    manager.close()
     rows = read_rows(FIRST)
     ours, others = [row for row in rows if row["signature"]], [row for row in rows if not row["signature"]]
     assert ours[: len(before)] == before
