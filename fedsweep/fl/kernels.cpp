@@ -1,0 +1,936 @@
+// Training of one client in several experiments at once, on a CPU. See docs/performance.md.
+//
+// A tile is T lanes (experiments) that train on the same images in the same order. Every quantity that has w units or
+// channels a lane is a row of w * T columns, column u * T + l being unit u of lane l, padded to whole vectors. So most
+// of the work does not know of lanes at all: a linear layer, a convolution, batch norm and the optimiser run down
+// columns. Only what a unit of the layer before sends on differs by lane: the same T numbers, repeated over a vector
+// (`pattern`). With T = 1 the vectors are full of units, with T = 16 and one unit of lanes.
+//
+// No column is ever added to another but in loops over units in their order, and every sum over rows runs in an order
+// that depends on the shape alone. So a lane's numbers are the same bit for bit whatever T is and whoever sits beside it.
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#ifndef SCALAR
+#define SCALAR float
+#endif
+
+namespace {
+
+typedef SCALAR S;
+constexpr int BYTES = 64;
+constexpr int VL = BYTES / sizeof(S);
+constexpr bool IS_FLOAT = sizeof(S) == 4;
+typedef S vec __attribute__((vector_size(BYTES)));
+typedef S loose __attribute__((vector_size(BYTES), aligned(sizeof(S)), may_alias));
+typedef std::conditional_t<IS_FLOAT, int32_t, int64_t> I;
+typedef I ivec __attribute__((vector_size(BYTES)));
+
+inline vec all(S x) { return x - vec{}; }
+inline vec load(const S* p) { return *reinterpret_cast<const loose*>(p); }
+inline void store(S* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
+inline vec positive(vec v) { return v <= 0 ? vec{} : v; }  // ReLU; nan stays nan
+
+template <int P, std::size_t... i>
+inline vec repeat(const S* p, std::index_sequence<i...>) {
+  typedef S part __attribute__((vector_size(P * sizeof(S)), aligned(sizeof(S)), may_alias));
+  const part t = *reinterpret_cast<const part*>(p);
+  return __builtin_shufflevector(t, t, (int(i) % P)...);
+}
+
+// The P numbers at p, again and again.
+template <int P>
+inline vec pattern(const S* p) {
+  if constexpr (P == 1) return all(*p);
+  else if constexpr (P == VL) return load(p);
+  else return repeat<P>(p, std::make_index_sequence<VL>());
+}
+
+// e to the x, for x <= 0; nan stays nan. Within 2 units in the last place.
+inline vec exp_of(vec x) {
+  const S lowest = IS_FLOAT ? -87 : -708;
+  x = x < lowest ? all(lowest) : x;
+  const vec scaled = x * S(1.4426950408889634074);
+  const ivec whole = __builtin_convertvector(scaled - S(0.5), ivec);  // towards zero, and x <= 0: the nearest
+  const vec n = __builtin_convertvector(whole, vec);
+  const vec r = IS_FLOAT ? (x - n * S(0.693359375)) - n * S(-2.12194440e-4)
+                         : (x - n * S(6.93147180369123816490e-01)) - n * S(1.90821492927058770002e-10);
+  constexpr int TERMS = IS_FLOAT ? 8 : 14;
+  vec sum = all(1);
+  for (int k = TERMS; k > 0; --k) sum = sum * r * S(1.0 / k) + S(1);
+  const ivec power = (whole + (IS_FLOAT ? 127 : 1023)) << (IS_FLOAT ? 23 : 52);
+  vec two_to_n;
+  std::memcpy(&two_to_n, &power, sizeof power);
+  return sum * two_to_n;
+}
+
+// ---- columns and parameters
+
+struct Columns {
+  int real = 0, nv = 1, blocks = 1;  // columns in use; vectors a block; blocks
+  int cb() const { return nv * VL; }
+  int padded() const { return blocks * cb(); }
+};
+
+Columns columns(int real, int most = 4) {
+  const int vectors = (real + VL - 1) / VL;
+  Columns best;
+  double least = std::numeric_limits<double>::infinity();
+  for (int nv = 1; nv <= most; ++nv) {
+    const int blocks = (vectors + nv - 1) / nv;
+    const double cost = blocks * nv * (1 + 0.5 / nv);  // padding costs, and so do narrow blocks
+    if (cost < least) least = cost, best = Columns{real, nv, blocks};
+  }
+  return best;
+}
+
+// A matrix of rows whose columns may lie in several blocks, each block a matrix of its own.
+struct Operand {
+  const S* p;
+  std::ptrdiff_t ld, block_stride;
+  int k_per_block;
+};
+
+struct Layer {
+  int k = 0;      // inputs of a unit; for a convolution 9 for each input channel
+  int units = 0;
+  Columns c;
+  std::size_t w = 0, bias = 0, gamma = 0, beta = 0;  // places in the parameters, in numbers
+  std::size_t mean = 0, var = 0;                     // places in the running statistics
+  int side = 1, out_side = 1;                        // of a convolution, before and after pooling
+  bool pools = false;
+};
+
+// ---- kernels: P numbers repeat, NV vectors wide, R rows at once
+
+template <int P, int NV, int R>
+void gemm_rows(Operand x, const S* w, int k, const S* bias, S* out, std::ptrdiff_t ldo) {
+  vec sum[R][NV];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) sum[r][v] = bias ? load(bias + v * VL) : vec{};
+  for (int k0 = 0; k0 < k; k0 += x.k_per_block, x.p += x.block_stride) {
+    const int count = std::min(x.k_per_block, k - k0);
+    for (int kk = 0; kk < count; ++kk, w += NV * VL) {
+      vec weight[NV];
+      for (int v = 0; v < NV; ++v) weight[v] = load(w + v * VL);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const vec in = pattern<P>(x.p + r * x.ld + kk * P);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[r][v] += in * weight[v];
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) store(out + r * ldo + v * VL, sum[r][v]);
+}
+
+template <int P, int NV, int R>
+void wgrad_rows(const S* x, std::ptrdiff_t ld, const S* dz, int rows, S* dw) {
+  vec sum[R][NV] = {};
+  for (int b = 0; b < rows; ++b, x += ld, dz += NV * VL) {
+    vec d[NV];
+    for (int v = 0; v < NV; ++v) d[v] = load(dz + v * VL);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const vec in = pattern<P>(x + r * P);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[r][v] += in * d[v];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) store(dw + (r * NV + v) * VL, sum[r][v]);
+}
+
+// R pixels of a row of a 3x3 convolution. x is at the upper left of the first pixel's window.
+template <int P, int NV, int R>
+void conv_pixels(const S* x, std::ptrdiff_t pixel, std::ptrdiff_t line, const S* w, int channels, const S* bias, S* out) {
+  vec sum[R][NV];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) sum[r][v] = bias ? load(bias + v * VL) : vec{};
+  for (int c = 0; c < channels; ++c, x += P)
+    for (int ky = 0; ky < 3; ++ky)
+      for (int kx = 0; kx < 3; ++kx, w += NV * VL) {
+        const S* at = x + ky * line + kx * pixel;
+        vec weight[NV];
+        for (int v = 0; v < NV; ++v) weight[v] = load(w + v * VL);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const vec in = pattern<P>(at + r * pixel);
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) sum[r][v] += in * weight[v];
+        }
+      }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) store(out + (r * NV + v) * VL, sum[r][v]);
+}
+
+// Weight gradient of CI input channels and KY rows of the window, added to dw, over some lines of an image.
+template <int P, int NV, int CI, int KY>
+void conv_wgrad_lines(const S* x, std::ptrdiff_t pixel, std::ptrdiff_t line, const S* dz, std::ptrdiff_t dz_line,
+                      int lines, int side, S* dw) {
+  vec sum[CI][KY][3][NV] = {};
+  for (int h = 0; h < lines; ++h) {
+    const S* d = dz + h * dz_line;
+    const S* at = x + h * line;
+    for (int i = 0; i < side; ++i, d += NV * VL, at += pixel) {
+      vec g[NV];
+      for (int v = 0; v < NV; ++v) g[v] = load(d + v * VL);
+#pragma GCC unroll 2
+      for (int c = 0; c < CI; ++c)
+#pragma GCC unroll 3
+        for (int ky = 0; ky < KY; ++ky)
+#pragma GCC unroll 3
+          for (int kx = 0; kx < 3; ++kx) {
+            const vec in = pattern<P>(at + c * P + ky * line + kx * pixel);
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) sum[c][ky][kx][v] += in * g[v];
+          }
+    }
+  }
+  for (int c = 0; c < CI; ++c)
+    for (int ky = 0; ky < KY; ++ky)
+      for (int kx = 0; kx < 3; ++kx)
+        for (int v = 0; v < NV; ++v) {
+          S* to = dw + ((c * 9 + ky * 3 + kx) * NV + v) * VL;
+          store(to, load(to) + sum[c][ky][kx][v]);
+        }
+}
+
+// ---- the same for any number of rows: as many at once as the registers hold, then fewer
+
+template <int P, int NV, int R, int... Fewer>
+struct Rows {
+  static void gemm(Operand x, const S* w, int k, const S* bias, S* out, std::ptrdiff_t ldo, int rows) {
+    for (; rows >= R; rows -= R, x.p += R * x.ld, out += R * ldo) gemm_rows<P, NV, R>(x, w, k, bias, out, ldo);
+    if constexpr (sizeof...(Fewer) > 0)
+      if (rows) Rows<P, NV, Fewer...>::gemm(x, w, k, bias, out, ldo, rows);
+  }
+  static void wgrad(const S* x, std::ptrdiff_t ld, const S* dz, int rows, S* dw, int k) {
+    for (; k >= R; k -= R, x += R * P, dw += R * NV * VL) wgrad_rows<P, NV, R>(x, ld, dz, rows, dw);
+    if constexpr (sizeof...(Fewer) > 0)
+      if (k) Rows<P, NV, Fewer...>::wgrad(x, ld, dz, rows, dw, k);
+  }
+  static void conv(const S* x, std::ptrdiff_t pixel, std::ptrdiff_t line, const S* w, int channels, const S* bias,
+                   S* out, int pixels) {
+    for (; pixels >= R; pixels -= R, x += R * pixel, out += R * NV * VL)
+      conv_pixels<P, NV, R>(x, pixel, line, w, channels, bias, out);
+    if constexpr (sizeof...(Fewer) > 0)
+      if (pixels) Rows<P, NV, Fewer...>::conv(x, pixel, line, w, channels, bias, out, pixels);
+  }
+};
+
+template <int P, int NV>
+using Tiled = std::conditional_t<NV <= 2, Rows<P, NV, 14, 7, 2, 1>,
+                                 std::conditional_t<NV == 3, Rows<P, NV, 7, 4, 2, 1>, Rows<P, NV, 6, 4, 2, 1>>>;
+
+template <int P, int NV>
+void conv_wgrad(const S* x, std::ptrdiff_t pixel, std::ptrdiff_t line, const S* dz, std::ptrdiff_t dz_line, int lines,
+                int side, S* dw, int channels) {
+  constexpr int CI = NV == 2 ? 1 : 2, KY = NV <= 2 ? 3 : 1;
+  int c = 0;
+  for (; c + CI <= channels; c += CI)
+    for (int ky = 0; ky < 3; ky += KY)
+      conv_wgrad_lines<P, NV, CI, KY>(x + c * P + ky * line, pixel, line, dz, dz_line, lines, side,
+                                      dw + (c * 9 + ky * 3) * NV * VL);
+  for (; c < channels; ++c)
+    for (int ky = 0; ky < 3; ky += KY)
+      conv_wgrad_lines<P, NV, 1, KY>(x + c * P + ky * line, pixel, line, dz, dz_line, lines, side,
+                                     dw + (c * 9 + ky * 3) * NV * VL);
+}
+
+struct Kernels {
+  void (*gemm)(Operand, const S*, int, const S*, S*, std::ptrdiff_t, int);
+  void (*wgrad)(const S*, std::ptrdiff_t, const S*, int, S*, int);
+  void (*conv)(const S*, std::ptrdiff_t, std::ptrdiff_t, const S*, int, const S*, S*, int);
+  void (*conv_wgrad)(const S*, std::ptrdiff_t, std::ptrdiff_t, const S*, std::ptrdiff_t, int, int, S*, int);
+};
+
+template <int P, int NV>
+constexpr Kernels of() {
+  typedef Tiled<P, NV> T;
+  return {T::gemm, T::wgrad, T::conv, conv_wgrad<P, NV>};
+}
+
+template <int P>
+const Kernels& wide(int nv) {
+  static constexpr Kernels table[4] = {of<P, 1>(), of<P, 2>(), of<P, 3>(), of<P, 4>()};
+  return table[nv - 1];
+}
+
+const Kernels& kernels(int p, int nv) {
+  switch (p) {
+    case 1: return wide<1>(nv);
+    case 2: return wide<2>(nv);
+    case 4: return wide<4>(nv);
+    case 8: return wide<8>(nv);
+    default: return wide<VL>(nv);
+  }
+}
+
+// ---- a tile
+
+struct Shape {
+  int32_t is_cnn, width, depth, classes, channels, side, batch, lanes;
+};
+
+constexpr S EPS = S(1e-5);
+constexpr S STAT_MOMENTUM = S(0.1);
+
+struct Arena {  // hands out 64-byte aligned pieces; without memory it only counts
+  char* base;
+  std::size_t used = 0;
+  S* take(std::size_t numbers) {
+    S* piece = base ? reinterpret_cast<S*>(base + used) : nullptr;
+    used += (numbers * sizeof(S) + 4 * BYTES) / BYTES * BYTES;  // apart, so that pieces do not meet in one cache set
+    return piece;
+  }
+};
+
+struct Tile {
+  Shape s;
+  int T;
+  std::vector<Layer> hidden;
+  Layer last;
+  std::size_t num_params = 0, num_stats = 0;
+  S *w, *v, *g, *stats, *x, *logits, *wide_in, *wide_grad, *turned, *pad_in, *pad_dz;
+  std::vector<S*> z, a, mean, inv, scale, shift;
+  S *da[2], *sums;
+  int image_size;
+
+  Tile(const Shape& shape, char* memory, bool trains) : s(shape), T(shape.lanes) {
+    image_size = s.channels * s.side * s.side;
+    plan();
+    Arena arena{memory};
+    w = arena.take(num_params);
+    v = trains ? arena.take(num_params) : nullptr;
+    g = trains ? arena.take(num_params) : nullptr;
+    stats = arena.take(num_stats);
+    const std::size_t B = s.batch;
+    x = arena.take(B * image_size);
+    logits = arena.take(B * last.c.padded());
+    std::size_t largest_pad = 0, largest_turned = 0, largest_da = 1;
+    for (Layer& layer : hidden) {
+      const std::size_t pixels = s.is_cnn ? layer.side * layer.side : 1;
+      const std::size_t columns = layer.c.padded();
+      z.push_back(arena.take(B * pixels * columns));
+      a.push_back(s.is_cnn ? nullptr : arena.take(B * columns));
+      mean.push_back(arena.take(columns));
+      inv.push_back(arena.take(columns));
+      scale.push_back(arena.take(columns));
+      shift.push_back(arena.take(columns));
+      const std::size_t out_pixels = s.is_cnn ? layer.out_side * layer.out_side : 1;
+      largest_da = std::max(largest_da, B * out_pixels * columns);
+      largest_pad = std::max(largest_pad, std::size_t((layer.side + 2) * (layer.side + 2)) * columns);
+      largest_turned = std::max(largest_turned, std::size_t(layer.units) * (s.is_cnn ? 9 : 1) * columns);
+    }
+    if (!hidden.empty()) {
+      const Layer& top = hidden.back();
+      const Columns c = columns_of_last_input();
+      wide_in = s.is_cnn ? arena.take(B * last.k * T) : nullptr;
+      wide_grad = s.is_cnn && trains ? arena.take(B * c.padded()) : nullptr;
+      largest_turned = std::max(largest_turned, std::size_t(last.units) * (s.is_cnn ? c.padded() : top.c.padded()));
+      pad_in = arena.take(std::max(largest_pad, std::size_t((s.side + 2) * (s.side + 2) * s.channels)));
+      pad_dz = trains ? arena.take(largest_pad) : nullptr;
+      turned = trains ? arena.take(largest_turned) : nullptr;
+      da[0] = trains ? arena.take(largest_da) : nullptr;
+      da[1] = trains ? arena.take(largest_da) : nullptr;
+      sums = arena.take(2 * top.c.padded());
+    }
+    bytes = arena.used;
+  }
+  std::size_t bytes = 0;
+
+  Columns columns_of_last_input() const { return columns(last.k * T); }
+
+  void place(Layer& layer, int k, int units, bool has_norm) {
+    layer.k = k, layer.units = units;
+    layer.w = num_params, num_params += std::size_t(k) * layer.c.padded();
+    layer.bias = num_params, num_params += layer.c.padded();
+    if (!has_norm) return;
+    layer.gamma = num_params, num_params += layer.c.padded();
+    layer.beta = num_params, num_params += layer.c.padded();
+    layer.mean = num_stats, num_stats += layer.c.padded();
+    layer.var = num_stats, num_stats += layer.c.padded();
+  }
+
+  void plan() {
+    int inputs = s.is_cnn ? s.channels : image_size, side = s.side;
+    for (int i = 0; i < s.depth; ++i) {
+      Layer layer;
+      layer.c = columns(s.width * T);
+      place(layer, s.is_cnn ? 9 * inputs : inputs, s.width, true);
+      layer.side = side;
+      layer.pools = s.is_cnn && i % 2 == 1 && side > 1;
+      if (layer.pools) side /= 2;
+      layer.out_side = side;
+      hidden.push_back(layer);
+      inputs = s.width;
+    }
+    last.c = columns(s.classes * T);
+    const int features = s.depth == 0 ? image_size : s.is_cnn ? s.width * side * side : s.width;
+    place(last, features, s.classes, false);
+  }
+
+  // -- between PyTorch's order of one lane and ours of T. Lanes that are not there repeat the first one.
+
+  template <class Move>
+  void each_place(Move move) const {  // move(place in a lane's row, place among ours, whether it is a statistic)
+    std::size_t at = 0;
+    auto matrix = [&](const Layer& layer) {
+      for (int u = 0; u < layer.units; ++u)
+        for (int k = 0; k < layer.k; ++k) {
+          const int column = u * T, cb = layer.c.cb();
+          move(at++, layer.w + (std::size_t(column / cb) * layer.k + k) * cb + column % cb, false);
+        }
+    };
+    auto row = [&](const Layer& layer, std::size_t base, bool is_stat) {
+      for (int u = 0; u < layer.units; ++u) move(at++, base + u * T, is_stat);
+    };
+    for (const Layer& layer : hidden) {
+      matrix(layer);
+      row(layer, layer.bias, false), row(layer, layer.gamma, false), row(layer, layer.beta, false);
+      row(layer, layer.mean, true), row(layer, layer.var, true);
+    }
+    matrix(last);
+    row(last, last.bias, false);
+  }
+
+  void pack(const S* const* rows) {
+    each_place([&](std::size_t from, std::size_t to, bool is_stat) {
+      S* at = (is_stat ? stats : w) + to;
+      for (int l = 0; l < T; ++l) at[l] = rows[l][from];
+    });
+  }
+
+  void unpack(S* const* rows) const {
+    each_place([&](std::size_t to, std::size_t from, bool is_stat) {
+      const S* at = (is_stat ? stats : w) + from;
+      for (int l = 0; l < T; ++l)
+        if (rows[l]) rows[l][to] = at[l];
+    });
+  }
+
+  // -- forward
+
+  void gather(const uint8_t* images, const S* table, const int64_t* order, int rows) {
+    for (int b = 0; b < rows; ++b) {
+      const uint8_t* image = images + std::size_t(order ? order[b] : b) * image_size;
+      S* to = x + std::size_t(b) * image_size;
+      for (int i = 0; i < image_size; ++i) to[i] = table[image[i]];
+    }
+  }
+
+  Operand input_of(int layer) const {  // of a linear layer
+    if (layer == 0) return {x, image_size, 0, image_size};
+    if (s.is_cnn) return {wide_in, std::ptrdiff_t(last.k) * T, 0, last.k};
+    const Columns& c = hidden[layer - 1].c;
+    return {a[layer - 1], c.cb(), std::ptrdiff_t(s.batch) * c.cb(), c.cb() / T};
+  }
+
+  void linear(const Operand& in, int p, const Layer& layer, S* out, int rows) const {
+    const int cb = layer.c.cb();
+    for (int j = 0; j < layer.c.blocks; ++j)
+      kernels(p, layer.c.nv)
+          .gemm(in, w + layer.w + std::size_t(j) * layer.k * cb, layer.k, w + layer.bias + j * cb,
+                out + std::size_t(j) * s.batch * cb, cb, rows);
+  }
+
+  void note_statistics(const Layer& layer, int i, int column, vec m, vec var, S count) {
+    const vec inverse = rsqrt(var + EPS);
+    store(mean[i] + column, m);
+    store(inv[i] + column, inverse);
+    S* running_mean = stats + layer.mean + column;
+    S* running_var = stats + layer.var + column;
+    store(running_mean, load(running_mean) * (1 - STAT_MOMENTUM) + m * STAT_MOMENTUM);
+    store(running_var, load(running_var) * (1 - STAT_MOMENTUM) + var * (count / (count - 1)) * STAT_MOMENTUM);
+    set_scale(layer, i, column, m, inverse);
+  }
+
+  void set_scale(const Layer& layer, int i, int column, vec m, vec inverse) {
+    const vec factor = load(w + layer.gamma + column) * inverse;
+    store(scale[i] + column, factor);
+    store(shift[i] + column, load(w + layer.beta + column) - m * factor);
+  }
+
+  static vec rsqrt(vec x) {
+    for (int k = 0; k < VL; ++k) x[k] = S(1) / std::sqrt(x[k]);
+    return x;
+  }
+
+  void use_running_statistics() {
+    for (std::size_t i = 0; i < hidden.size(); ++i)
+      for (int c = 0; c < hidden[i].c.padded(); c += VL)
+        set_scale(hidden[i], i, c, load(stats + hidden[i].mean + c), rsqrt(load(stats + hidden[i].var + c) + EPS));
+  }
+
+  void forward(int rows, bool trains) {
+    if (s.is_cnn && s.depth > 0) forward_cnn(rows, trains);
+    else
+      for (int i = 0; i < s.depth; ++i) forward_linear(i, rows, trains);
+    linear(input_of(s.depth), s.depth == 0 ? 1 : T, last, logits, rows);
+  }
+
+  void forward_linear(int i, int rows, bool trains) {
+    const Layer& layer = hidden[i];
+    linear(input_of(i), i == 0 ? 1 : T, layer, z[i], rows);
+    const int cb = layer.c.cb();
+    for (int c = 0; c < layer.c.padded(); c += VL) {
+      S* own = z[i] + std::size_t(c / cb) * s.batch * cb + c % cb;
+      S* out = a[i] + (own - z[i]);
+      vec sum = {};
+      for (int b = 0; b < rows; ++b) {
+        const vec r = positive(load(own + b * cb));
+        store(own + b * cb, r);
+        sum += r;
+      }
+      if (trains) {
+        const vec m = sum / S(rows);
+        vec squares = {};
+        for (int b = 0; b < rows; ++b) {
+          const vec d = load(own + b * cb) - m;
+          squares += d * d;
+        }
+        note_statistics(layer, i, c, m, squares / S(rows), rows);
+      }
+      const vec factor = load(scale[i] + c), offset = load(shift[i] + c);
+      for (int b = 0; b < rows; ++b) store(out + b * cb, load(own + b * cb) * factor + offset);
+    }
+  }
+
+  void clear_border(S* pad, int side, int cb) const {
+    std::fill(pad, pad + std::size_t(side + 2) * (side + 2) * cb, S(0));
+  }
+
+  void pad_image(int b) const {  // the image itself, channels last
+    for (int c = 0; c < s.channels; ++c) {
+      const S* from = x + std::size_t(b) * image_size + c * s.side * s.side;
+      for (int h = 0; h < s.side; ++h)
+        for (int i = 0; i < s.side; ++i)
+          pad_in[((h + 1) * (s.side + 2) + i + 1) * s.channels + c] = from[h * s.side + i];
+    }
+  }
+
+  // What the layer above sees of layer i for image b: normalised, ReLU, pooled. `line` numbers lie between lines.
+  void activate(int i, int b, S* out, std::ptrdiff_t line) const {
+    const Layer& layer = hidden[i];
+    const int cb = layer.c.cb(), side = layer.side, n = layer.out_side;
+    const S* own = z[i] + std::size_t(b) * side * side * cb;
+    for (int c = 0; c < cb; c += VL) {
+      const vec factor = load(scale[i] + c), offset = load(shift[i] + c);
+      auto y = [&](int h, int k) { return load(own + (h * side + k) * cb + c) * factor + offset; };
+      for (int h = 0; h < n; ++h)
+        for (int k = 0; k < n; ++k) {
+          vec value;
+          if (layer.pools) {
+            value = y(2 * h, 2 * k);
+            for (const vec other : {y(2 * h, 2 * k + 1), y(2 * h + 1, 2 * k), y(2 * h + 1, 2 * k + 1)})
+              value = other > value ? other : value;
+          } else {
+            value = y(h, k);
+          }
+          store(out + h * line + k * cb + c, positive(value));
+        }
+    }
+  }
+
+  // The input of convolution i for image b, with a border of zeros, in pad_in.
+  void input_image(int i, int b) const {
+    if (i == 0) return pad_image(b);
+    const int cb = hidden[i].c.cb(), side = hidden[i].side;
+    activate(i - 1, b, pad_in + (side + 3) * cb, std::ptrdiff_t(side + 2) * cb);
+  }
+
+  void convolve(const S* pad, int p, int pixel, int channels, const Layer& layer, const S* weights, const S* bias,
+                S* out) const {
+    const int side = layer.side, cb = layer.c.cb();
+    const auto conv = kernels(p, layer.c.nv).conv;
+    for (int h = 0; h < side; ++h)
+      conv(pad + std::ptrdiff_t(h) * (side + 2) * pixel, pixel, std::ptrdiff_t(side + 2) * pixel, weights, channels,
+           bias, out + std::ptrdiff_t(h) * side * cb, side);
+  }
+
+  void forward_cnn(int rows, bool trains) {
+    for (int i = 0; i < s.depth; ++i) {
+      const Layer& layer = hidden[i];
+      const int cb = layer.c.cb(), pixels = layer.side * layer.side;
+      const int pixel = i == 0 ? s.channels : cb;
+      clear_border(pad_in, layer.side, pixel);
+      std::vector<vec> middle(layer.c.nv, vec{}), squares(layer.c.nv, vec{});
+      for (int b = 0; b < rows; ++b) {
+        input_image(i, b);
+        S* out = z[i] + std::size_t(b) * pixels * cb;
+        convolve(pad_in, i == 0 ? 1 : T, pixel, layer.k / 9, layer, w + layer.w, w + layer.bias, out);
+        if (trains) add_statistics(out, pixels, cb, b, middle, squares);
+      }
+      if (!trains) continue;
+      const S count = S(rows) * pixels;
+      for (int n = 0; n < layer.c.nv; ++n) note_statistics(layer, i, n * VL, middle[n], squares[n] / count, count);
+    }
+    flatten(rows);
+  }
+
+  // Mean and sum of squared deviations, image after image (Chan, Golub & LeVeque 1979).
+  static void add_statistics(const S* image, int pixels, int cb, int before, std::vector<vec>& middle,
+                             std::vector<vec>& squares) {
+    for (std::size_t n = 0; n < middle.size(); ++n) {
+      const S* own = image + n * VL;
+      vec sum = {}, deviation = {};
+      for (int p = 0; p < pixels; ++p) sum += load(own + p * cb);
+      const vec m = sum / S(pixels);
+      for (int p = 0; p < pixels; ++p) {
+        const vec d = load(own + p * cb) - m;
+        deviation += d * d;
+      }
+      const vec apart = m - middle[n];
+      middle[n] += apart / S(before + 1);
+      squares[n] += deviation + apart * apart * (S(before) * S(pixels) / S(before + 1));
+    }
+  }
+
+  void flatten(int rows) {  // activations of the last convolution as rows of features, channel after channel
+    const Layer& top = hidden.back();
+    const int cb = top.c.cb(), n = top.out_side * top.out_side;
+    for (int b = 0; b < rows; ++b) {
+      activate(s.depth - 1, b, pad_in, std::ptrdiff_t(top.out_side) * cb);
+      S* row = wide_in + std::size_t(b) * last.k * T;
+      for (int u = 0; u < s.width; ++u)
+        for (int p = 0; p < n; ++p) std::memcpy(row + (u * n + p) * T, pad_in + p * cb + u * T, T * sizeof(S));
+    }
+  }
+
+  // -- loss and backward
+
+  // Logits become the gradient of the mean cross-entropy.
+  void loss_gradient(const int64_t* const* labels, const int64_t* order, int rows) {
+    const int cb = last.c.cb();
+    const S share = S(1) / S(rows);
+    for (int b = 0; b < rows; ++b) {
+      auto at = [&](int u) { return logits + (std::size_t(u * T / cb) * s.batch + b) * cb + u * T % cb; };
+      vec most = lanes(at(0));
+      for (int u = 1; u < s.classes; ++u) {
+        const vec y = lanes(at(u));
+        most = y > most ? y : most;
+      }
+      vec total = {};
+      for (int u = 0; u < s.classes; ++u) {
+        const vec e = exp_of(lanes(at(u)) - most);
+        total += e;
+        put_lanes(at(u), e);
+      }
+      const vec factor = share / total;
+      for (int u = 0; u < s.classes; ++u) put_lanes(at(u), lanes(at(u)) * factor);
+      for (int l = 0; l < T; ++l) at(int(labels[l][order[b]]))[l] -= share;
+    }
+  }
+
+  vec lanes(const S* p) const {  // T numbers, the rest of the vector whatever
+    vec v = {};
+    std::memcpy(&v, p, T * sizeof(S));
+    return v;
+  }
+  void put_lanes(S* p, vec v) const { std::memcpy(p, &v, T * sizeof(S)); }
+
+  void column_sums(const S* rows_of, int rows, const Columns& c, S* out) const {
+    const int cb = c.cb();
+    for (int column = 0; column < c.padded(); column += VL) {
+      const S* own = rows_of + std::size_t(column / cb) * s.batch * cb + column % cb;
+      vec sum = {};
+      for (int b = 0; b < rows; ++b) sum += load(own + b * cb);
+      store(out + column, sum);
+    }
+  }
+
+  void linear_wgrad(const Operand& in, int p, const Layer& layer, const S* dz, int rows) {
+    const int cb = layer.c.cb();
+    for (int j = 0; j < layer.c.blocks; ++j)
+      for (int k = 0, block = 0; k < layer.k; k += in.k_per_block, ++block)
+        kernels(p, layer.c.nv)
+            .wgrad(in.p + block * in.block_stride, in.ld, dz + std::size_t(j) * s.batch * cb, rows,
+                   g + layer.w + (std::size_t(j) * layer.k + k) * cb, std::min(in.k_per_block, layer.k - k));
+    column_sums(dz, rows, layer.c, g + layer.bias);
+  }
+
+  // The weights of a linear layer with inputs and units exchanged, as columns `c` of its inputs.
+  void turn(const Layer& layer, const Columns& c) const {
+    const int cb = layer.c.cb(), to = c.cb();
+    for (int u = 0; u < layer.units; ++u)
+      for (int k = 0; k < layer.k; ++k) {
+        const S* from = w + layer.w + (std::size_t(u * T / cb) * layer.k + k) * cb + u * T % cb;
+        std::memcpy(turned + (std::size_t(k * T / to) * layer.units + u) * to + k * T % to, from, T * sizeof(S));
+      }
+  }
+
+  // Gradient of the inputs of a linear layer, as columns `c`.
+  void linear_input_grad(const Layer& layer, const S* dz, const Columns& c, S* out, int rows) const {
+    turn(layer, c);
+    const Operand in{dz, layer.c.cb(), std::ptrdiff_t(s.batch) * layer.c.cb(), layer.c.cb() / T};
+    for (int j = 0; j < c.blocks; ++j)
+      kernels(T, c.nv).gemm(in, turned + std::size_t(j) * layer.units * c.cb(), layer.units, nullptr,
+                            out + std::size_t(j) * s.batch * c.cb(), c.cb(), rows);
+  }
+
+  void backward(int rows) {
+    linear_wgrad(input_of(s.depth), s.depth == 0 ? 1 : T, last, logits, rows);
+    if (s.depth == 0) return;
+    if (s.is_cnn) return backward_cnn(rows);
+    S* grad = da[0];
+    linear_input_grad(last, logits, hidden.back().c, grad, rows);
+    for (int i = s.depth - 1; i >= 0; --i) {
+      norm_backward(i, grad, rows);
+      linear_wgrad(input_of(i), i == 0 ? 1 : T, hidden[i], grad, rows);
+      if (i == 0) break;
+      S* below = grad == da[0] ? da[1] : da[0];
+      linear_input_grad(hidden[i], grad, hidden[i - 1].c, below, rows);
+      grad = below;
+    }
+  }
+
+  void norm_backward(int i, S* grad, int rows) {  // from batch norm's output to before the ReLU
+    const Layer& layer = hidden[i];
+    const int cb = layer.c.cb();
+    for (int c = 0; c < layer.c.padded(); c += VL) {
+      S* d = grad + std::size_t(c / cb) * s.batch * cb + c % cb;
+      const S* r = z[i] + (d - grad);
+      const vec m = load(mean[i] + c), inverse = load(inv[i] + c);
+      vec sum = {}, dot = {};
+      for (int b = 0; b < rows; ++b) {
+        const vec dy = load(d + b * cb);
+        sum += dy;
+        dot += dy * ((load(r + b * cb) - m) * inverse);
+      }
+      store(g + layer.beta + c, sum);
+      store(g + layer.gamma + c, dot);
+      const vec factor = load(scale[i] + c), sum_share = sum / S(rows), dot_share = dot / S(rows) * inverse;
+      for (int b = 0; b < rows; ++b) {
+        const vec own = load(r + b * cb);
+        const vec dr = factor * (load(d + b * cb) - sum_share - (own - m) * dot_share);
+        store(d + b * cb, own <= 0 ? vec{} : dr);
+      }
+    }
+  }
+
+  // Calls f(pixel, gradient of batch norm's output there) for every pixel of layer i in image b, given that of the
+  // pooled ReLU: a window's goes to its first largest pixel.
+  template <class F>
+  void each_gradient(int i, int b, const S* grad, int c, F f) const {
+    const Layer& layer = hidden[i];
+    const int cb = layer.c.cb(), side = layer.side, n = layer.out_side;
+    const S* own = z[i] + std::size_t(b) * side * side * cb + c;
+    const S* d = grad + std::size_t(b) * n * n * cb + c;
+    const vec factor = load(scale[i] + c), offset = load(shift[i] + c);
+    auto y = [&](int p) { return load(own + p * cb) * factor + offset; };
+    if (!layer.pools) {
+      for (int p = 0; p < n * n; ++p) f(p, y(p) <= 0 ? vec{} : load(d + p * cb));
+      return;
+    }
+    for (int h = 0; h < n; ++h)
+      for (int k = 0; k < n; ++k) {
+        const int p = 2 * h * side + 2 * k;
+        const vec y0 = y(p), y1 = y(p + 1), y2 = y(p + side), y3 = y(p + side + 1);
+        const vec top = y1 > y0 ? y1 : y0, low = y3 > y2 ? y3 : y2;
+        const vec value = low > top ? low : top;
+        const vec dy = value <= 0 ? vec{} : load(d + (h * n + k) * cb);
+        const vec in_top = low > top ? vec{} : dy, in_low = low > top ? dy : vec{};
+        f(p, y1 > y0 ? vec{} : in_top);
+        f(p + 1, y1 > y0 ? in_top : vec{});
+        f(p + side, y3 > y2 ? vec{} : in_low);
+        f(p + side + 1, y3 > y2 ? in_low : vec{});
+      }
+    for (int h = 0; h < side; ++h)  // what no window covers, where the side is odd
+      for (int k = h < 2 * n ? 2 * n : 0; k < side; ++k) f(h * side + k, vec{});
+  }
+
+  // Adds image b to the sums over batch norm's gradient, and over its product with the normalised values.
+  void add_sums(int i, int b, const S* grad) {
+    const Layer& layer = hidden[i];
+    const int cb = layer.c.cb();
+    const S* own = z[i] + std::size_t(b) * layer.side * layer.side * cb;
+    for (int c = 0; c < cb; c += VL) {
+      const vec m = load(mean[i] + c);
+      vec sum = {}, dot = {};
+      each_gradient(i, b, grad, c, [&](int p, vec dy) {
+        sum += dy;
+        dot += dy * (load(own + p * cb + c) - m);
+      });
+      store(sums + c, load(sums + c) + sum);
+      store(sums + cb + c, load(sums + cb + c) + dot * load(inv[i] + c));
+    }
+  }
+
+  void backward_cnn(int rows) {
+    const Columns c = columns_of_last_input();
+    linear_input_grad(last, logits, c, wide_grad, rows);
+    unflatten(rows, c, da[0]);
+    const int cb = hidden.back().c.cb();
+    std::fill(sums, sums + 2 * cb, S(0));
+    for (int b = 0; b < rows; ++b) add_sums(s.depth - 1, b, da[0]);
+    S* grad = da[0];
+    for (int i = s.depth - 1; i >= 0; --i) {
+      S* below = grad == da[0] ? da[1] : da[0];
+      conv_backward(i, grad, below, rows);
+      grad = below;
+    }
+  }
+
+  void unflatten(int rows, const Columns& c, S* grad) const {
+    const Layer& top = hidden.back();
+    const int cb = top.c.cb(), n = top.out_side * top.out_side;
+    for (int b = 0; b < rows; ++b)
+      for (int u = 0; u < s.width; ++u)
+        for (int p = 0; p < n; ++p) {
+          const int column = (u * n + p) * T;
+          const S* from = wide_grad + (std::size_t(column / c.cb()) * s.batch + b) * c.cb() + column % c.cb();
+          std::memcpy(grad + (std::size_t(b) * n + p) * cb + u * T, from, T * sizeof(S));
+        }
+  }
+
+  void conv_backward(int i, const S* grad, S* below, int rows) {
+    const Layer& layer = hidden[i];
+    const int cb = layer.c.cb(), side = layer.side, channels = layer.k / 9, pixel = i == 0 ? s.channels : cb;
+    const std::ptrdiff_t line = std::ptrdiff_t(side + 2) * pixel, dz_line = std::ptrdiff_t(side + 2) * cb;
+    std::memcpy(g + layer.beta, sums, cb * sizeof(S));
+    std::memcpy(g + layer.gamma, sums + cb, cb * sizeof(S));
+    std::fill(g + layer.w, g + layer.w + std::size_t(layer.k) * cb, S(0));
+    std::fill(g + layer.bias, g + layer.bias + cb, S(0));
+    std::fill(sums, sums + 2 * cb, S(0));
+    clear_border(pad_in, side, pixel);
+    clear_border(pad_dz, side, cb);
+    if (i > 0) turn_convolution(layer);
+    const auto wgrad = kernels(i == 0 ? 1 : T, layer.c.nv).conv_wgrad;
+    const int band = s.width >= 32 ? 2 : 4;  // lines at once, so that they stay in the first cache
+    for (int b = 0; b < rows; ++b) {
+      norm_backward_image(i, b, grad, S(rows) * side * side);
+      input_image(i, b);
+      for (int h = 0; h < side; h += band)
+        wgrad(pad_in + h * line, pixel, line, pad_dz + (h + 1) * dz_line + cb, dz_line, std::min(band, side - h), side,
+              g + layer.w, channels);
+      if (i == 0) continue;
+      convolve(pad_dz, T, cb, s.width, layer, turned, nullptr, below + std::size_t(b) * side * side * cb);
+      add_sums(i - 1, b, below);
+    }
+  }
+
+  void norm_backward_image(int i, int b, const S* grad, S count) {  // to before batch norm, in pad_dz
+    const Layer& layer = hidden[i];
+    const int cb = layer.c.cb(), side = layer.side;
+    const S* own = z[i] + std::size_t(b) * side * side * cb;
+    for (int c = 0; c < cb; c += VL) {
+      const vec m = load(mean[i] + c), factor = load(scale[i] + c), sum_share = load(g + layer.beta + c) / count;
+      const vec dot_share = load(g + layer.gamma + c) / count * load(inv[i] + c);
+      vec total = {};
+      each_gradient(i, b, grad, c, [&](int p, vec dy) {
+        const vec dz = factor * (dy - sum_share - (load(own + p * cb + c) - m) * dot_share);
+        store(pad_dz + ((p / side + 1) * (side + 2) + p % side + 1) * cb + c, dz);
+        total += dz;
+      });
+      store(g + layer.bias + c, load(g + layer.bias + c) + total);
+    }
+  }
+
+  void turn_convolution(const Layer& layer) const {
+    const int cb = layer.c.cb();
+    std::fill(turned, turned + std::size_t(9) * s.width * cb, S(0));
+    for (int u = 0; u < s.width; ++u)
+      for (int c = 0; c < s.width; ++c)
+        for (int tap = 0; tap < 9; ++tap)
+          std::memcpy(turned + (u * 9 + 8 - tap) * cb + c * T, w + layer.w + (c * 9 + tap) * cb + u * T, T * sizeof(S));
+  }
+
+  // -- optimiser
+
+  void add_squares(std::size_t base, int k, const Columns& c, double* squares) const {
+    for (int column = 0; column < c.padded(); column += VL) {
+      const S* own = g + base + std::size_t(column / c.cb()) * k * c.cb() + column % c.cb();
+      vec sum = {};
+      for (int i = 0; i < k; ++i) {
+        const vec each = load(own + std::size_t(i) * c.cb());
+        sum += each * each;
+      }
+      for (int n = 0; n < VL && column + n < c.real; ++n) squares[(column + n) % T] += double(sum[n]);
+    }
+  }
+
+  void step(const S* lr, const S* momentum, const S* decay, const S* max_norm) {
+    double squares[VL] = {};
+    for (const Layer& layer : hidden) {
+      add_squares(layer.w, layer.k, layer.c, squares);
+      for (const std::size_t base : {layer.bias, layer.gamma, layer.beta}) add_squares(base, 1, layer.c, squares);
+    }
+    add_squares(last.w, last.k, last.c, squares);
+    add_squares(last.bias, 1, last.c, squares);
+    vec rate, keep, shrink, clip;
+    for (int n = 0; n < VL; ++n) {
+      const int l = n % T;
+      const S norm = S(std::sqrt(squares[l]));
+      const S factor = std::isinf(max_norm[l]) ? S(1) : max_norm[l] / (norm + S(1e-6));
+      clip[n] = factor > 1 ? S(1) : factor;
+      rate[n] = lr[l], keep[n] = momentum[l], shrink[n] = decay[l];
+    }
+    for (std::size_t i = 0; i < num_params; i += VL) {
+      const vec weight = load(w + i);
+      const vec velocity = keep * load(v + i) + (clip * load(g + i) + shrink * weight);
+      store(v + i, velocity);
+      store(w + i, weight - rate * velocity);
+    }
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+int fedsweep_vector_length() { return VL; }
+
+std::size_t fedsweep_workspace(const Shape* shape, int trains) { return Tile(*shape, nullptr, trains).bytes; }
+
+// One client's training in a round, for the lanes of a tile, from their global weights to their own.
+void fedsweep_train(const Shape* shape, const uint8_t* images, const S* table, const int64_t* order, int64_t epochs,
+                    int64_t samples, const int64_t* const* labels, const S* const* weights, S* const* out,
+                    const S* lr, const S* momentum, const S* decay, const S* max_norm, char* workspace) {
+  Tile tile(*shape, workspace, true);
+  std::memset(workspace, 0, tile.bytes);
+  tile.pack(weights);
+  for (int64_t epoch = 0; epoch < epochs; ++epoch)
+    for (int64_t first = 0; first < samples; first += shape->batch) {
+      const int rows = int(std::min<int64_t>(shape->batch, samples - first));
+      if (rows == 1) continue;  // batch norm has no variance there
+      const int64_t* batch = order + epoch * samples + first;
+      tile.gather(images, table, batch, rows);
+      tile.forward(rows, true);
+      tile.loss_gradient(labels, batch, rows);
+      tile.backward(rows);
+      tile.step(lr, momentum, decay, max_norm);
+    }
+  tile.unpack(out);
+}
+
+// Logits of images by the models of a tile, with running statistics.
+void fedsweep_logits(const Shape* shape, const uint8_t* images, const S* table, int64_t count,
+                     const S* const* weights, S* const* out, char* workspace) {
+  Tile tile(*shape, workspace, false);
+  std::memset(workspace, 0, tile.bytes);
+  tile.pack(weights);
+  tile.use_running_statistics();
+  const int cb = tile.last.c.cb();
+  for (int64_t first = 0; first < count; first += shape->batch) {
+    const int rows = int(std::min<int64_t>(shape->batch, count - first));
+    tile.gather(images + first * tile.image_size, table, nullptr, rows);
+    tile.forward(rows, false);
+    for (int b = 0; b < rows; ++b)
+      for (int u = 0; u < shape->classes; ++u) {
+        const S* at = tile.logits + (std::size_t(u * tile.T / cb) * shape->batch + b) * cb + u * tile.T % cb;
+        for (int l = 0; l < tile.T; ++l)
+          if (out[l]) out[l][(first + b) * shape->classes + u] = at[l];
+      }
+  }
+}
+}

@@ -1,0 +1,210 @@
+"""Compiled kernels as a trainer for CPUs: one client of up to 16 experiments at once, see `kernels.cpp`.
+
+The kernels come as a loaded library, since compiling and loading them is not for this room (`worker.kernels` does it).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsweep.fl.data import ImageData, normalised
+from fedsweep.fl.lanes import ClientWork, LaneInputs, ModelShape
+from fedsweep.plan.experiment import Experiment
+
+VECTORS = 4  # that a convolution's kernels take: channels times lanes must fit into them
+APPLIED = 64  # images at once where models are only applied
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int32)
+        for name in ("is_cnn", "width", "depth", "classes", "channels", "side", "batch", "lanes")
+    )
+
+
+def lane_counts(shape: ModelShape, vector_length: int) -> list[int]:
+    """How many lanes a tile may have for models of this shape, the fewest first; none where the kernels do not fit."""
+    counts = [count for count in (1, 2, 4, 8, 16) if count <= vector_length]
+    if shape.model_type == "cnn" and shape.depth > 0:
+        return [count for count in counts if count * shape.width_factor <= VECTORS * vector_length]
+    return counts
+
+
+def tiles(num_lanes: int, most: int) -> list[int]:
+    """Tile sizes, powers of two, for so many lanes: full ones first, and one quarter empty at most."""
+    sizes = [most] * (num_lanes // most)
+    left = num_lanes % most
+    while left:
+        size = 1 << (left - 1).bit_length()  # the power of two that holds all that are left
+        if left < 3 * size // 4:
+            size //= 2
+        sizes.append(size)
+        left -= min(size, left)
+    return sizes
+
+
+class NativeTrainer:
+    """Trains tiles of lanes by the compiled kernels, each in one call, so many at the same time."""
+
+    def __init__(
+        self,
+        example: Experiment,
+        data: ImageData,
+        library: ctypes.CDLL,
+        threads: int = 1,
+        lanes: int = 16,
+    ) -> None:
+        """Serve cohorts of the shape, batch size and local epochs of `example`, `lanes` lanes a tile at most.
+
+        Args:
+            example: one of the experiments.
+            data: on the CPU.
+            library: the kernels, compiled for the type of the weights that will be given (float32 or float64).
+            threads: tiles that are trained at the same time.
+            lanes: one of `lane_counts`.
+        """
+        self.plan = f"native x{lanes}"
+        self.example = example
+        self.data = data
+        self.shape = ModelShape.of(example, data)
+        self.lanes = lanes
+        self._library = library
+        self._pool = ThreadPoolExecutor(threads)
+        self._spaces = threading.local()
+        library.fedsweep_workspace.restype = ctypes.c_size_t
+
+    def workspace_bytes(self, lanes: int) -> int:
+        """Memory that training a tile of so many lanes takes, besides the weights."""
+        return int(self._library.fedsweep_workspace(ctypes.byref(self._shape(lanes, self.example.batch_size)), 1))
+
+    def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Tensor:
+        """Train every client of `works`; see `Trainer.train`."""
+        weights, labels = inputs.weights.contiguous(), inputs.labels.contiguous()
+        trained = torch.empty(len(weights), num_slots, weights.shape[1], dtype=weights.dtype)
+        table = _table(weights.dtype)
+        settings = torch.stack([inputs.lr, inputs.momentum, inputs.weight_decay, inputs.max_grad_norm])
+        settings = settings.to(weights.dtype)  # [4, E]
+
+        def job(work: ClientWork, order: Tensor, lanes: list[int], slots: list[int], size: int) -> Callable[[], None]:
+            def run() -> None:
+                filled = _filled(lanes, size)
+                own = settings[:, filled].contiguous()
+                shape = self._shape(size, self.example.batch_size)
+                self._library.fedsweep_train(
+                    ctypes.byref(shape),
+                    _at(self.data.train_images),
+                    _at(table),
+                    _at(order),
+                    ctypes.c_int64(order.shape[0]),
+                    ctypes.c_int64(order.shape[1]),
+                    _rows(labels, filled),
+                    _rows(weights, filled),
+                    _pointers([_address(trained[lane, slot]) for lane, slot in zip(lanes, slots, strict=True)], size),
+                    *(_at(setting) for setting in own),
+                    self._space(shape, trains=True),
+                )
+
+            return run
+
+        jobs = []
+        for work in sorted(works, key=lambda work: -work.order.size):
+            order = torch.from_numpy(np.ascontiguousarray(work.order))
+            first = 0
+            for size in tiles(len(work.lanes), self.lanes):
+                part = slice(first, first + size)
+                jobs.append(job(work, order, list(work.lanes[part]), list(work.slots[part]), size))
+                first += size
+        self._run(jobs)
+        return trained
+
+    def logits(self, weights: Tensor, images: Tensor) -> Tensor:
+        """Logits of images by each model; see `Trainer.logits`."""
+        weights, images = weights.contiguous(), images.contiguous()
+        out = torch.empty(len(weights), len(images), self.shape.num_classes, dtype=weights.dtype)
+        table = _table(weights.dtype)
+
+        def job(rows: list[int], size: int, first: int, last: int) -> Callable[[], None]:
+            def run() -> None:
+                shape = self._shape(size, APPLIED)
+                part = out[:, first:last]
+                self._library.fedsweep_logits(
+                    ctypes.byref(shape),
+                    _at(images[first:last]),
+                    _at(table),
+                    ctypes.c_int64(last - first),
+                    _rows(weights, _filled(rows, size)),
+                    _pointers([_address(part[row]) for row in rows], size),
+                    self._space(shape, trains=False),
+                )
+
+            return run
+
+        jobs, row = [], 0
+        for size in tiles(len(weights), self.lanes):
+            rows = list(range(row, min(row + size, len(weights))))
+            for first in range(0, len(images), 16 * APPLIED):
+                jobs.append(job(rows, size, first, min(first + 16 * APPLIED, len(images))))
+            row += size
+        self._run(jobs)
+        return out
+
+    def _run(self, jobs: Sequence[Callable[[], None]]) -> None:
+        for done in [self._pool.submit(job) for job in jobs]:
+            done.result()
+
+    def _shape(self, lanes: int, batch: int) -> _Shape:
+        shape = self.shape
+        return _Shape(
+            shape.model_type == "cnn",
+            shape.width_factor,
+            shape.depth,
+            shape.num_classes,
+            shape.in_channels,
+            shape.img_size,
+            batch,
+            lanes,
+        )
+
+    def _space(self, shape: _Shape, *, trains: bool) -> ctypes.c_void_p:
+        """Memory of the calling thread for one call; it grows to the largest that was asked for."""
+        size = int(self._library.fedsweep_workspace(ctypes.byref(shape), int(trains)))
+        if not hasattr(self._spaces, "memory") or len(self._spaces.memory) < size + 64:
+            self._spaces.memory = torch.empty(size + 64, dtype=torch.uint8)
+        address = self._spaces.memory.data_ptr()
+        return ctypes.c_void_p(address + -address % 64)
+
+
+def _table(dtype: torch.dtype) -> Tensor:
+    """What each byte of an image becomes."""
+    return normalised(torch.arange(256, dtype=torch.uint8)).to(dtype)
+
+
+def _filled(lanes: list[int], size: int) -> list[int]:
+    """The lanes of a tile; places that are left repeat the first, and what comes of them is dropped."""
+    return lanes + [lanes[0]] * (size - len(lanes))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _rows(matrix: Tensor, rows: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
+    """Pointers to rows of a contiguous matrix."""
+    stride = matrix.stride(0) * matrix.element_size()
+    return _pointers([matrix.data_ptr() + row * stride for row in rows], len(rows))
+
+
+def _pointers(addresses: Sequence[int], size: int) -> ctypes.Array[ctypes.c_void_p]:
+    """So many pointers; those that are missing are null."""
+    return (ctypes.c_void_p * size)(*addresses)
