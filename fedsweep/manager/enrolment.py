@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedsweep.manager.records import PlanChange
+from fedsweep.plan.cohort import cohort_key, expected_cost, sharing_key
 from fedsweep.plan.experiment import Experiment
 from fedsweep.plan.grid import Cell, PlannedTask
 
-# Experiments that agree in these have tensors of the same shapes, so one worker may train them together.
-COHORT_PARAMETERS = ("dataset", "model_type", "width_factor", "depth", "batch_size", "local_epochs", "num_clients")
 # Parameters that are never normalised away, so that equal experiments agree in them however they are spelled.
 MATCH_PARAMETERS = ("dataset", "model_type", "depth", "poison_ratio", "aggregator", "batch_size", "seed")
 PARAMETERS = tuple(Experiment.model_fields)
@@ -32,9 +31,9 @@ def enrol(
 ) -> PlanChange:
     """Add new tasks, keep known ones, orphan those that are gone (unless told to keep them), restore those that return.
 
-    Runs in the caller's transaction. A known task keeps its id, state and result; its run options, phase and cells
-    become those of the grid. Cells that are gone stay where a result fills them or may still do so. `given_ids` has
-    the ids, by signature, that new tasks have already; a new task without one gets the next.
+    Runs in the caller's transaction. A known task keeps its id, state and result; its run options, phase, cells and
+    place in the queue become those of the grid. Cells that are gone stay where a result fills them or may still do so.
+    `given_ids` has the ids, by signature, that new tasks have already; a new task without one gets the next.
     """
     rows = db.execute("SELECT number, signature, orphaned, attempt FROM tasks").fetchall()
     planned = {task.signature for task in tasks}
@@ -52,6 +51,11 @@ def enrol(
     _store_output_dirs(db, writer.differences, every_cell=keep_others)
     db.execute("DELETE FROM counts")
     db.execute("INSERT INTO counts SELECT status, orphaned, diverged, count(*) FROM tasks GROUP BY 1, 2, 3")
+    db.execute("DELETE FROM unfinished")
+    db.execute(
+        "INSERT INTO unfinished "
+        "SELECT cost, count(*) FROM tasks WHERE status IN ('pending', 'assigned') AND orphaned = 0 GROUP BY cost"
+    )
     return PlanChange(
         added=writer.added,
         kept=len(planned) - writer.added - restored,
@@ -92,13 +96,18 @@ class _Writer:
         for position, task in enumerate(tasks, start):
             values = parameters(task.experiment)
             spelled = dump(values)
-            present = (task.phase, task.output_dir, dump(task.options.__dict__), position)
+            present = (
+                *(task.phase, task.output_dir, dump(task.options.__dict__), position),
+                *(cohort_key(task.experiment, task.options.engine), sharing_key(task.experiment)),
+                expected_cost(task.experiment),
+            )
             number = self._numbers.get(task.signature)
             if number is None:
                 number = self._numbers[task.signature] = self._next_number
                 self._next_number += 1
-                keys = (join(values, MATCH_PARAMETERS), join(values, COHORT_PARAMETERS))
-                inserts.append((number, task.signature, self._ids.take(task), values["seed"], *keys, spelled, *present))
+                match_key = join(values, MATCH_PARAMETERS)
+                fixed = (number, task.signature, self._ids.take(task), values["seed"], match_key, spelled)
+                inserts.append((*fixed, *present))
             else:
                 updates.append((*present, number))
             cells += [self._cell(number, cell, task, spelled) for cell in task.cells]
@@ -115,14 +124,15 @@ class _Writer:
 
     def _write(self, inserts: Rows, updates: Rows, cells: Rows) -> None:
         self._db.executemany(
-            "INSERT INTO tasks "
-            "(number, signature, task_id, seed, match_key, cohort, experiment, phase, output_dir, options, position) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO tasks (number, signature, task_id, seed, match_key, experiment, "
+            "phase, output_dir, options, position, cohort, sharing, cost) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             inserts,
         )
         self._db.executemany(
-            "UPDATE tasks SET phase = ?1, output_dir = ?2, options = ?3, position = ?4, orphaned = 0 WHERE number = ?5 "
-            "AND (phase, output_dir, options, position, orphaned) IS NOT (?1, ?2, ?3, ?4, 0)",
+            "UPDATE tasks SET orphaned = 0, phase = ?1, output_dir = ?2, options = ?3, position = ?4, cohort = ?5, "
+            "sharing = ?6, cost = ?7 WHERE number = ?8 AND (orphaned, phase, output_dir, options, position, cohort, "
+            "sharing, cost) IS NOT (0, ?1, ?2, ?3, ?4, ?5, ?6, ?7)",
             updates,
         )
         self._db.executemany(

@@ -14,6 +14,7 @@ from fedsweep.manager.clock import Clock
 from fedsweep.manager.enrolment import dump, enrol
 from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.protocol import SCIENCE_FIELDS
+from fedsweep.manager.queue import choose
 from fedsweep.manager.records import Adoption, LedgerUnwritable, PlanChange, Task, UnknownAttempt, UnknownTask, Verdict
 from fedsweep.manager.schema import open_database
 from fedsweep.manager.state_json import State
@@ -22,7 +23,6 @@ from fedsweep.plan.grid import PlannedTask
 
 MAX_FAILURES = 4  # the first try and three retries
 MAX_LOSSES = 5
-WAITING = "status = 'pending' AND orphaned = 0"
 
 
 class Ledger:
@@ -118,25 +118,15 @@ class Ledger:
 
     # ---- hand-outs ------------------------------------------------------------------------------------------------
 
-    def hand_out(self, worker: str, lease_s: float, max_tasks: int = 1) -> list[Task]:
-        """The next pending task, and up to `max_tasks` - 1 more that can train together with it; empty if none waits.
+    def hand_out(
+        self, worker: str, lease_s: float, max_tasks: int = 1, *, cohort: str | None = None, workers: int = 1
+    ) -> list[Task]:
+        """The next task, and up to `max_tasks` - 1 more that train together with it; empty if none is for this worker.
 
-        Tasks that never failed come first, then in the order of the grid.
+        See `queue.choose`, also for what the arguments mean.
         """
         with self._transaction() as db:
-            first = db.execute(
-                f"SELECT number, cohort FROM tasks INDEXED BY queue WHERE {WAITING} ORDER BY setbacks, position LIMIT 1"
-            ).fetchone()
-            if first is None:
-                return []
-            numbers = [first["number"]]
-            if max_tasks > 1:
-                others = db.execute(
-                    f"SELECT number FROM tasks INDEXED BY cohort_queue WHERE {WAITING} AND cohort = ? AND number != ? "
-                    "ORDER BY setbacks, position LIMIT ?",
-                    (first["cohort"], first["number"], max_tasks - 1),
-                )
-                numbers += [row["number"] for row in others]
+            numbers = choose(db, worker, max_tasks=max_tasks, cohort=cohort, workers=workers)
             attempts = [self._open_attempt(db, number, worker, lease_s) for number in numbers]
         lease_end = self.clock.monotonic() + lease_s
         self._lease_ends.update(dict.fromkeys(attempts, lease_end))
@@ -171,6 +161,15 @@ class Ledger:
         """Take the task back without blame: its worker was asked to stop."""
         return self._give_back(task_id, worker, attempt, "released", None) is not None
 
+    def take_back(self, tasks: Iterable[Task]) -> None:
+        """Take tasks back that were handed out but cannot be told to their worker."""
+        with self._transaction() as db:
+            for task in tasks:
+                if task.attempt is not None:
+                    self._end_attempt(db, task.attempt, "released", None)
+                    self._move(db, task.number, leaves="assigned", enters="pending", attempt=None)
+                    self._lease_ends.pop(task.attempt, None)
+
     def _give_back(
         self, task_id: str, worker: str, attempt: int | None, ended_as: str, error: str | None
     ) -> int | None:
@@ -200,27 +199,34 @@ class Ledger:
         """Take back every task whose lease has ended; a task that was lost five times is `failed`. Those tasks."""
         now = self.clock.monotonic()
         stale = [attempt for attempt, end in self._lease_ends.items() if end <= now]
-        return [self._lose(attempt) for attempt in stale]
-
-    def _lose(self, attempt: int) -> Task:
+        if not stale:
+            return []
         with self._transaction() as db:
-            task = db.execute("SELECT number, losses, setbacks, last_error FROM tasks WHERE attempt = ?", (attempt,))
-            found = task.fetchone()
-            self._end_attempt(db, attempt, "lost", None)
-            losses = found["losses"] + 1
-            is_spent = losses >= MAX_LOSSES
-            self._move(
-                db,
-                found["number"],
-                leaves="assigned",
-                enters="failed" if is_spent else "pending",
-                attempt=None,
-                losses=losses,
-                setbacks=found["setbacks"] + 1,
-                last_error=self._losers(db, found["number"]) if is_spent else found["last_error"],
-            )
-        self._lease_ends.pop(attempt, None)
-        return self.view.task_number(found["number"])
+            numbers = [self._lose(db, attempt) for attempt in stale]
+        for attempt in stale:
+            del self._lease_ends[attempt]
+        return [self.view.task_number(number) for number in numbers]
+
+    def _lose(self, db: sqlite3.Connection, attempt: int) -> int:
+        found = db.execute(
+            "SELECT t.number, t.losses, t.setbacks, t.last_error FROM attempts a JOIN tasks t ON t.number = a.task "
+            "WHERE a.number = ?",
+            (attempt,),
+        ).fetchone()
+        self._end_attempt(db, attempt, "lost", None)
+        losses = found["losses"] + 1
+        is_spent = losses >= MAX_LOSSES
+        self._move(
+            db,
+            found["number"],
+            leaves="assigned",
+            enters="failed" if is_spent else "pending",
+            attempt=None,
+            losses=losses,
+            setbacks=found["setbacks"] + 1,
+            last_error=self._losers(db, found["number"]) if is_spent else found["last_error"],
+        )
+        return int(found["number"])
 
     @staticmethod
     def _losers(db: sqlite3.Connection, task: int) -> str:

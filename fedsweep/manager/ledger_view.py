@@ -213,6 +213,7 @@ def _task_of(row: sqlite3.Row, output_dirs: tuple[str, ...]) -> Task:
         phase=row["phase"],
         config=json.loads(row["experiment"]) | json.loads(row["options"]),
         seed=row["seed"],
+        cohort=row["cohort"],
         output_dir=row["output_dir"],
         output_dirs=output_dirs,
         status=row["status"],

@@ -35,6 +35,7 @@ class Task:
     phase: str
     config: dict[str, Any]  # every parameter, run options too
     seed: int
+    cohort: str  # tasks with the same can train together
     output_dir: str
     output_dirs: tuple[str, ...]
     status: Status

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import uuid
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from fedsweep.errors import StateError
+from fedsweep.plan.cohort import cohort_key, expected_cost, sharing_key
+from fedsweep.plan.experiment import Experiment, RunOptions
 
 APPLICATION_ID = 0x46535750  # "FSWP"; tells our files from those of other programs that use SQLite
 
@@ -113,7 +118,39 @@ WHEN (old.status, old.orphaned, old.diverged) IS NOT (new.status, new.orphaned, 
 END;
 """
 
-MIGRATIONS = (_FIRST,)  # the script at index n takes a file from version n to n + 1
+# What the queue is ordered by, see `queue`. A task that failed, or was lost twice, is tried `alone`, so that whatever it
+# does happens to no other. `unfinished` says how many tasks of which cost wait or are under way, so that what is left is
+# known without reading the queue; like `counts` it is made when tasks are added and then kept by a trigger.
+_SECOND = """
+DROP INDEX queue;
+DROP INDEX cohort_queue;
+ALTER TABLE tasks ADD COLUMN cost REAL NOT NULL DEFAULT 0;
+ALTER TABLE tasks ADD COLUMN sharing TEXT NOT NULL DEFAULT '';
+ALTER TABLE tasks ADD COLUMN alone INTEGER NOT NULL AS (failures > 0 OR losses > 1) VIRTUAL;
+UPDATE tasks SET
+    options = options_of(options),
+    cohort = cohort_of(experiment),
+    sharing = sharing_of(experiment),
+    cost = cost_of(experiment);
+CREATE INDEX queue ON tasks (alone, setbacks, cost DESC, position) WHERE status = 'pending' AND orphaned = 0;
+CREATE INDEX cohort_queue ON tasks (cohort, setbacks, cost DESC, position)
+WHERE status = 'pending' AND orphaned = 0 AND alone = 0;
+CREATE INDEX sharing_queue ON tasks (cohort, setbacks, sharing, cost DESC, position)
+WHERE status = 'pending' AND orphaned = 0 AND alone = 0;
+CREATE INDEX open_attempts_by_worker ON attempts (worker) WHERE ended_as IS NULL;
+
+CREATE TABLE unfinished (cost REAL PRIMARY KEY, amount INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO unfinished
+SELECT cost, count(*) FROM tasks WHERE status IN ('pending', 'assigned') AND orphaned = 0 GROUP BY cost;
+CREATE TRIGGER count_unfinished_task AFTER UPDATE OF status, orphaned ON tasks
+WHEN (old.status IN ('pending', 'assigned') AND old.orphaned = 0)
+    != (new.status IN ('pending', 'assigned') AND new.orphaned = 0) BEGIN
+    INSERT INTO unfinished VALUES (new.cost, iif(new.status IN ('pending', 'assigned') AND new.orphaned = 0, 1, -1))
+    ON CONFLICT DO UPDATE SET amount = amount + excluded.amount;
+END;
+"""
+
+MIGRATIONS = (_FIRST, _SECOND)  # the script at index n takes a file from version n to n + 1
 
 
 def open_database(path: Path) -> sqlite3.Connection:
@@ -188,8 +225,28 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _run_script(connection: sqlite3.Connection, script: str, version: int) -> None:
-    """Run a migration and note its version in one transaction."""
+    """Run a migration and note its version in one transaction. It may ask what follows from an experiment."""
+    for name, function in _DERIVED.items():
+        connection.create_function(name, 1, function, deterministic=True)
     connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {version}; COMMIT;")
+
+
+@lru_cache(maxsize=1)
+def _experiment(values: str) -> Experiment:
+    return Experiment.model_construct(**json.loads(values))  # they were checked when the task was added
+
+
+def _options(options: str) -> str:
+    """The run options of a task with those that came later, as they are by default."""
+    return json.dumps({**RunOptions().__dict__, **json.loads(options)}, separators=(",", ":"))
+
+
+_DERIVED: dict[str, Callable[[str], str | float]] = {
+    "options_of": _options,
+    "cohort_of": lambda experiment: cohort_key(_experiment(experiment)),
+    "sharing_of": lambda experiment: sharing_key(_experiment(experiment)),
+    "cost_of": lambda experiment: expected_cost(_experiment(experiment)),
+}
 
 
 def _create(path: Path) -> None:

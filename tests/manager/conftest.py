@@ -186,6 +186,9 @@ def _assert_tasks_are_sound(db: sqlite3.Connection) -> None:
     )
     counted = Counter({tuple(row): amount for *row, amount in values("SELECT * FROM counts") if amount})
     assert counted == Counter(values("SELECT status, orphaned, diverged FROM tasks"))
+    unfinished = dict(values("SELECT cost, amount FROM unfinished WHERE amount != 0"))
+    open_or_waiting = "status IN ('pending', 'assigned') AND orphaned = 0"
+    assert unfinished == dict(values(f"SELECT cost, count(*) FROM tasks WHERE {open_or_waiting} GROUP BY cost"))
 
 
 def _assert_file_is_sound(db: sqlite3.Connection, output_dir: str) -> None:

@@ -14,12 +14,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.ledger import Ledger
 from fedsweep.manager.records import Adoption
+from fedsweep.plan.cohort import cohort_key
 from fedsweep.plan.config import Source, parse
 from fedsweep.plan.grid import expand
 
 LEASE_S = 60.0
-WHOLE = expand(parse([Source("a", "p: {combinations: [{width_factor: [1, 2, 4]}]}")])).tasks
-PART = expand(parse([Source("a", "p: {combinations: [{width_factor: [4, 1]}]}")])).tasks
+WHOLE = expand(parse([Source("a", "p: {combinations: [{width_factor: [1, 4]}, {lr: [0.1, 0.2]}]}")])).tasks
+PART = expand(parse([Source("a", "p: {combinations: [{width_factor: [4, 1]}, {lr: [0.2]}]}")])).tasks
+COHORTS = sorted({cohort_key(task.experiment) for task in WHOLE})
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Model:
     failures: int = 0
     losses: int = 0
     attempt: int | None = None
+    holder: str = ""
     lease_end: float = 0.0
     result: float | None = None
     attempts: list[int] = field(default_factory=list)  # every one ever
@@ -41,6 +44,10 @@ class Model:
         if self.attempt is not None:
             return "assigned"
         return "failed" if self.failures >= 4 or self.losses >= 5 else "pending"
+
+    @property
+    def is_alone(self) -> bool:
+        return self.failures > 0 or self.losses > 1
 
     def lose(self, now: float) -> None:
         if self.attempt is not None and self.lease_end <= now:
@@ -70,17 +77,31 @@ class LedgerMachine(RuleBasedStateMachine):
         signature = sorted(self.models)[choice % len(self.models)]
         return self.ids[signature], self.models[signature]
 
-    @rule(max_tasks=st.integers(1, 3), worker=st.sampled_from("vw"))
-    def hand_out(self, max_tasks, worker):
+    @rule(
+        max_tasks=st.integers(1, 4),
+        worker=st.sampled_from("vw"),
+        cohort=st.sampled_from([None, None, None, *COHORTS]),
+        workers=st.integers(1, 3),
+    )
+    def hand_out(self, max_tasks, worker, cohort, workers):
         waiting = {sig for sig, model in self.models.items() if model.status == "pending" and not model.orphaned}
-        tasks = self.ledger.hand_out(worker, LEASE_S, max_tasks)
-        assert bool(tasks) == bool(waiting)
+        held = [model for model in self.models.values() if model.status == "assigned" and model.holder == worker]
+        tasks = self.ledger.hand_out(worker, LEASE_S, max_tasks, cohort=cohort, workers=workers)
+        if cohort is None and (max_tasks == 1 or not held):
+            assert bool(tasks) == bool(waiting)
+        if cohort is None and max_tasks > 1 and workers == 1 and not any(model.is_alone for model in held):
+            assert tasks or all(self.models[signature].is_alone for signature in waiting)
+        assert len(tasks) <= max_tasks
+        assert len({task.cohort for task in tasks} | ({cohort} if cohort and tasks else set())) <= 1
+        if cohort is not None or max_tasks > 1:
+            together = [*held, *(self.models[task.signature] for task in tasks)]
+            assert not tasks or len(together) == 1 or not any(model.is_alone for model in together)
         for task in tasks:
             assert task.signature in waiting
             assert task.attempt > self.last_attempt
             self.last_attempt = task.attempt
             model = self.models[task.signature]
-            model.attempt, model.lease_end = task.attempt, self.clock.seconds + LEASE_S
+            model.attempt, model.holder, model.lease_end = task.attempt, worker, self.clock.seconds + LEASE_S
             model.attempts.append(task.attempt)
 
     @rule(choice=st.integers(0, 9), which=st.integers(0, 9), message=st.sampled_from(["fail", "release", "renew"]))

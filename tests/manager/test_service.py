@@ -246,9 +246,9 @@ def test_rows_that_appear_while_it_runs_are_adopted_by_the_refresher(serve, clie
 
 def tasks_of(client: Client):
     """Tasks by id, handed out and given back."""
-    held = client.ask("request_task", worker_id="looker", max_tasks=100)["tasks"]
+    held = client.ask("request_task", worker_id="w", max_tasks=100)["tasks"]
     for task in held:
-        client.ask("release", task_id=task["task_id"], worker_id="looker", attempt=task["attempt"])
+        client.ask("release", task_id=task["task_id"], worker_id="w", attempt=task["attempt"])
     return {task["task_id"]: task for task in held}
 
 
