@@ -40,7 +40,9 @@ def answer(sweep: OpenSweep, request: Request, legacy: bool) -> dict[str, Any]:
 
 def _request_task(sweep: OpenSweep, request: RequestTask, legacy: bool) -> dict[str, Any]:
     device = request.device or (f"cuda:{request.gpu_id}" if request.gpu_id is not None else request.worker_type)
-    tasks = sweep.hand_out(request.worker_id, max_tasks=request.max_tasks, device=device, legacy=legacy)
+    tasks = sweep.hand_out(
+        request.worker_id, max_tasks=request.max_tasks, cohort=request.cohort, device=device, legacy=legacy
+    )
     if not tasks:
         is_done = sweep.tell_done(request.worker_id)
         return {"type": "no_task", "done": is_done, "retry_after": sweep.retry_after_s}

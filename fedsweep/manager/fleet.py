@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.protocol import TaskProgress
+from fedsweep.manager.records import Task
 
 LIVE_S = 60.0  # a worker that was silent for longer takes part in no decision
-BROKEN_AFTER = 3  # failures of different tasks without a success between them
+BROKEN_AFTER = 3  # strikes: failures of different tasks, each after another hand-out, without a success between them
 SET_ASIDE_S = 600.0
 REMEMBERED = 4096
 
@@ -23,21 +25,34 @@ class Worker:
     tasks: tuple[TaskProgress, ...] = ()
     completed: int = 0
     failed: int = 0
-    failing: dict[str, int] = field(default_factory=dict)  # task -> attempt: failures since the last success
+    hand_outs: int = 0  # answers with tasks in them
+    failing: dict[str, int] = field(default_factory=dict)  # task -> hand-outs until it failed; since the last success
+    unforgiven: list[int] = field(default_factory=list)  # attempts that failed since then
     failed_at: float = 0.0  # monotonic
     was_told_done: bool = False
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether it has failed too many different tasks in a row."""
-        return len(self.failing) >= BROKEN_AFTER
+        """Whether it has failed too often in a row, and with different tasks.
+
+        A whole cohort may fail at once for one reason, so failures with no hand-out between them are one strike. It is
+        the next hand-outs that show whether the worker was the reason.
+        """
+        return len(set(self.failing.values())) >= BROKEN_AFTER
 
 
 class Fleet:
-    """The workers heard of since the manager started. Nothing here needs to survive a crash."""
+    """The workers heard of since the manager started. Nothing here needs to survive a crash.
 
-    def __init__(self, clock: Clock) -> None:
+    Args:
+        clock: tells how long a worker has been silent.
+        expected: how many workers will come within the first minute, if that is known.
+    """
+
+    def __init__(self, clock: Clock, expected: int = 1) -> None:
         self._clock = clock
+        self._expected = expected
+        self._began = clock.monotonic()
         self._workers: dict[str, Worker] = {}
 
     def see(self, worker_id: str, device: str | None = None) -> Worker:
@@ -56,21 +71,38 @@ class Fleet:
         oldest = self._clock.monotonic() - LIVE_S
         return [worker for worker in self._workers.values() if worker.last_seen >= oldest]
 
+    def sharers(self) -> int:
+        """Among how many workers the work is shared: those that live and are not set aside, and those expected."""
+        count = sum(not self.is_set_aside(worker) for worker in self.live())
+        is_early = self._clock.monotonic() - self._began < LIVE_S
+        return max(1, count, self._expected if is_early else 0)
+
+    def handed_out(self, worker: Worker, tasks: Iterable[Task]) -> None:
+        """Note what a worker was given."""
+        given = tuple(TaskProgress(task_id=task.task_id, attempt=task.attempt) for task in tasks)
+        worker.hand_outs += bool(given)
+        worker.tasks += given
+
     def succeeded(self, worker_id: str, task_id: str) -> None:
         """Note a result."""
         worker = self.see(worker_id)
         worker.completed += 1
         worker.failing.clear()
+        worker.unforgiven.clear()
         self._drop(worker, task_id)
 
     def failed(self, worker_id: str, task_id: str, attempt: int) -> list[int]:
         """Note a failure; the attempts to be forgiven because this worker, and not its tasks, must be broken."""
         worker = self.see(worker_id)
         worker.failed += 1
-        worker.failing[task_id] = attempt
+        worker.failing[task_id] = worker.hand_outs
+        worker.unforgiven.append(attempt)
         worker.failed_at = self._clock.monotonic()
         self._drop(worker, task_id)
-        return list(worker.failing.values()) if self.is_set_aside(worker) else []
+        if not self.is_set_aside(worker):
+            return []
+        forgiven, worker.unforgiven = worker.unforgiven, []
+        return forgiven
 
     def gave_back(self, worker_id: str, task_id: str) -> None:
         """Note that a worker gave a task back without blame."""

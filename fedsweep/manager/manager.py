@@ -55,6 +55,7 @@ class ExperimentManager:
         lease_s: after how long a silent worker loses its task; twelve heartbeats if None.
         refresh_s: how often the results files are looked at for rows that others wrote.
         max_tasks: a grid with more points is refused.
+        expected_workers: how many workers will come within the first minute; the first leaves the others their share.
         stay: serve on when all is done.
         grace_s: how long a manager that is stopped still takes results of open attempts.
         clock: replaces the clocks of this machine, for tests.
@@ -74,6 +75,7 @@ class ExperimentManager:
         lease_s: float | None = None,
         refresh_s: float = 5.0,
         max_tasks: int = 1_000_000,
+        expected_workers: int = 1,
         stay: bool = False,
         grace_s: float = 30.0,
         clock: Clock | None = None,
@@ -90,6 +92,7 @@ class ExperimentManager:
         self.lease_s = LEASE_HEARTBEATS * heartbeat_s if lease_s is None else lease_s
         self.refresh_s = refresh_s
         self.max_tasks = max_tasks
+        self.expected_workers = expected_workers
         self.stay = stay
         self.grace_s = grace_s
         self.clock = clock or Clock()
@@ -112,7 +115,12 @@ class ExperimentManager:
         with self.lock:
             if self._open_sweep is None:
                 self._open_sweep = OpenSweep(
-                    self.state_dir, self.lock, self.clock, heartbeat_s=self.heartbeat_s, lease_s=self.lease_s
+                    self.state_dir,
+                    self.lock,
+                    self.clock,
+                    heartbeat_s=self.heartbeat_s,
+                    lease_s=self.lease_s,
+                    expected_workers=self.expected_workers,
                 )
             return self._open_sweep
 

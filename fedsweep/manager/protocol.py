@@ -253,6 +253,7 @@ def _legible_end(text: str) -> str:
 
 
 Id = Annotated[Name, AfterValidator(_printable)]
+Key = Annotated[StrictStr, Field(min_length=1), AfterValidator(_printable)]  # as long as the path of a data set may be
 
 
 class RoundRecord(BaseModel):
@@ -324,6 +325,7 @@ class TaskMessage(BaseModel):
     output_dir: str
     output_dirs: tuple[str, ...] = ()
     signature: str | None = None
+    cohort: str | None = None
     attempt: int | None = None
     retry_count: int = 0
     lease_s: float | None = None
@@ -349,6 +351,7 @@ class RequestTask(_Request):
     gpu_id: Annotated[StrictInt, Field(ge=-1, lt=2**31)] | None = None
     worker_type: Literal["gpu", "cpu"] | None = None
     max_tasks: Annotated[StrictInt, Field(ge=1, le=4096)] = 1
+    cohort: Key | None = None
     device: Id | None = None
 
 

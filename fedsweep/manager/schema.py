@@ -118,9 +118,9 @@ WHEN (old.status, old.orphaned, old.diverged) IS NOT (new.status, new.orphaned, 
 END;
 """
 
-# What the queue is ordered by, see `queue`. A task that failed, or was lost twice, is tried `alone`, so that whatever it
-# does happens to no other. `unfinished` says how many tasks of which cost wait or are under way, so that what is left is
-# known without reading the queue; like `counts` it is made when tasks are added and then kept by a trigger.
+# What `queue` goes by. A task that failed, or was lost twice, is tried `alone`, so that whatever it does happens to no
+# other. `unfinished` says how many tasks of which cost wait or are under way, so that what is left is known without
+# reading the queue; like `counts` it is made when tasks are added and then kept by a trigger.
 _SECOND = """
 DROP INDEX queue;
 DROP INDEX cohort_queue;

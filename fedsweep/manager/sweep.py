@@ -13,7 +13,7 @@ from fedsweep.manager.fleet import Fleet
 from fedsweep.manager.ledger import Ledger
 from fedsweep.manager.outputs import Outputs
 from fedsweep.manager.projection import Projection
-from fedsweep.manager.protocol import TaskProgress
+from fedsweep.manager.protocol import MAX_MESSAGE, TaskProgress, encode
 from fedsweep.manager.records import LedgerUnwritable, Task, UnknownTask, Verdict
 from fedsweep.manager.server import ensure_token
 from fedsweep.manager.state_dir import LEDGER_FILE, TOKEN_FILE, StateLock
@@ -22,7 +22,8 @@ from fedsweep.manager.status import StatusReporter, brief
 log = logging.getLogger(__name__)
 
 LEGACY_LEASE_S = 6 * 3600.0  # old clients send no heartbeats
-MAX_HAND_OUT = 256  # tasks in one answer
+MAX_HAND_OUT = 256  # tasks in one answer; each takes about 1.7 kB of it, more where it has many or long output folders
+ENVELOPE = 256  # bytes of an answer besides its tasks
 LONGEST_WAIT_S = 5.0
 
 
@@ -36,7 +37,14 @@ class OpenSweep:
     """
 
     def __init__(
-        self, state_dir: Path, lock: threading.RLock, clock: Clock, *, heartbeat_s: float, lease_s: float
+        self,
+        state_dir: Path,
+        lock: threading.RLock,
+        clock: Clock,
+        *,
+        heartbeat_s: float,
+        lease_s: float,
+        expected_workers: int = 1,
     ) -> None:
         self.lock = lock
         self.clock = clock
@@ -51,7 +59,7 @@ class OpenSweep:
             self._held.release()
             raise
         self.projection = Projection(self.ledger, clock)
-        self.fleet = Fleet(clock)
+        self.fleet = Fleet(clock, expected_workers)
         self.outputs = Outputs(self.ledger.view, lock)
         self._reporter = StatusReporter(self.ledger.view, self.fleet)
 
@@ -63,18 +71,46 @@ class OpenSweep:
     # ---- tasks ----------------------------------------------------------------------------------------------------
 
     def hand_out(
-        self, worker_id: str, *, max_tasks: int = 1, device: str | None = None, legacy: bool = False
+        self,
+        worker_id: str,
+        *,
+        max_tasks: int = 1,
+        cohort: str | None = None,
+        device: str | None = None,
+        legacy: bool = False,
     ) -> list[Task]:
-        """Tasks for a worker, which may be trained together; empty if there are none for it now."""
+        """Tasks for a worker, which may be trained together; empty if there are none for it now.
+
+        See `queue.choose` for which. They fit into one message.
+        """
         with self.lock:
             self.take_back_stale()
             worker = self.fleet.see(worker_id, device)
             if not self.hands_out or self.fleet.is_set_aside(worker):
                 return []
-            lease_s = LEGACY_LEASE_S if legacy else self.lease_s
-            tasks = self.ledger.hand_out(worker_id, lease_s, 1 if legacy else min(max_tasks, MAX_HAND_OUT))
-            worker.tasks += tuple(TaskProgress(task_id=task.task_id, attempt=task.attempt) for task in tasks)
-            return tasks
+            tasks = self.ledger.hand_out(
+                worker_id,
+                LEGACY_LEASE_S if legacy else self.lease_s,
+                1 if legacy else min(max_tasks, MAX_HAND_OUT),
+                cohort=cohort,
+                workers=1 if max_tasks == 1 and cohort is None else self.fleet.sharers(),
+            )
+            fitting = self._count_fitting(tasks)
+            if tasks[fitting:]:
+                self.ledger.take_back(tasks[fitting:])
+            self.fleet.handed_out(worker, tasks[:fitting])
+            return tasks[:fitting]
+
+    def _count_fitting(self, tasks: Sequence[Task]) -> int:
+        """How many of these tasks fit into one answer; one at least. The first stands in it twice."""
+        if len(tasks) < 2:
+            return len(tasks)
+        room = MAX_MESSAGE - ENVELOPE
+        for count, task in enumerate(tasks):
+            room -= len(encode(self.task_message(task))) * (2 if count == 0 else 1)
+            if room < 0:
+                return max(1, count)
+        return len(tasks)
 
     def task_message(self, task: Task) -> dict[str, Any]:
         """A task as its worker gets it."""
@@ -82,6 +118,7 @@ class OpenSweep:
             **task.as_dict(),
             "assigned_at": None if task.assigned_at is None else task.assigned_at.isoformat(),
             "last_error": None if task.last_error is None else brief(task.last_error),
+            "cohort": task.cohort,
             "attempt": task.attempt,
             "lease_s": self.lease_s,
             "heartbeat_s": self.heartbeat_s,

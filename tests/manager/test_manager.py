@@ -17,8 +17,10 @@ from fedsweep.manager import ExperimentManager
 from fedsweep.manager.answers import ANSWERS
 from fedsweep.manager.fleet import SET_ASIDE_S
 from fedsweep.manager.labels import label
-from fedsweep.manager.protocol import ERROR_CODES, REQUESTS, TaskMessage, parse_request
+from fedsweep.manager.protocol import ERROR_CODES, MAX_MESSAGE, REQUESTS, TaskMessage, encode, parse_request
 from fedsweep.manager.status import brief
+from fedsweep.manager.sweep import MAX_HAND_OUT
+from fedsweep.plan.experiment import Experiment, RunOptions
 
 PUBLIC = [
     *("load_all_configs", "generate_experiments", "generate_all_tasks", "load_completed_tasks", "save_state"),
@@ -121,7 +123,13 @@ def test_a_task_message_is_what_the_protocol_says(managers, clock):
     task = request(manager)
     assert TaskMessage.model_validate(task).model_dump(mode="json") == {
         **{name: task[name] for name in ("task_id", "phase", "config", "seed", "output_dir", "signature", "attempt")},
-        **{"output_dirs": list(task["output_dirs"]), "retry_count": 0, "status": "assigned", "assigned_to": "w"},
+        **{
+            "cohort": "digits|lr|2|1|32|1|2",
+            "output_dirs": list(task["output_dirs"]),
+            "retry_count": 0,
+            "status": "assigned",
+            "assigned_to": "w",
+        },
         **{"assigned_at": clock.now().isoformat(), "lease_s": 60.0, "heartbeat_s": 10.0},
     }
     json.dumps(task)
@@ -137,7 +145,7 @@ def test_several_tasks_go_out_together_where_asked_for(managers):
     manager = managers()
     assert "tasks" not in ask(manager, "request_task", worker_id="w")
     answer = ask(manager, "request_task", worker_id="w", max_tasks=3)
-    assert [task["task_id"] for task in answer["tasks"]] == ["first_0_2", "first_2_1", "first_2_2"]
+    assert [task["task_id"] for task in answer["tasks"]] == ["first_0_2", "first_2_2", "first_3_2"]  # one seed
     assert answer["task"] == answer["tasks"][0]
     assert len({task["attempt"] for task in answer["tasks"]}) == 3
 
@@ -263,6 +271,167 @@ def test_a_ledger_that_cannot_be_written_is_retried_and_nothing_is_acknowledged(
     assert len(read_rows("out/first/final_results.csv")) == 2
 
 
+# ---- workers that hold many tasks
+
+
+ONE_COHORT = """\
+defaults: {model_type: lr, depth: 1, num_clients: 2, output_dir: out}
+p: {combinations: [{seed: [1, 2, 3, 4]}, {lr: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1]}]}
+"""
+
+
+def request_many(manager: ExperimentManager, worker_id: str = "w", **fields):
+    """The tasks that a worker is given; none where there are none for it."""
+    return ask(manager, "request_task", worker_id=worker_id, **{"max_tasks": 100, **fields}).get("tasks", [])
+
+
+def held(tasks):
+    return [{"task_id": task["task_id"], "attempt": task["attempt"]} for task in tasks]
+
+
+def submit(manager: ExperimentManager, make_result, task, worker_id: str = "w"):
+    common = {"task_id": task["task_id"], "worker_id": worker_id, "attempt": task["attempt"]}
+    return ask(manager, "submit_result", result_data=make_result(task), **common)["status"]
+
+
+def test_one_heartbeat_renews_every_lease_while_the_tasks_complete_one_by_one(managers, clock, make_result):
+    manager = managers(ONE_COHORT, lease_s=60)
+    tasks = request_many(manager)
+    assert len(tasks) == 40
+    while tasks:
+        clock.advance(50)
+        assert ask(manager, "heartbeat", worker_id="w", tasks=held(tasks)) == {"type": "ack", "drop": []}
+        assert manager.check_stale_assignments() == []
+        assert submit(manager, make_result, tasks[0]) == "accepted"
+        assert list(manager.assigned_tasks) == sorted(
+            (task["task_id"] for task in tasks[1:]), key=list(manager.tasks).index
+        )
+        # What has just ended may still be in a heartbeat that is under way; it is named and the others are renewed.
+        clock.advance(5)
+        assert ask(manager, "heartbeat", worker_id="w", tasks=held(tasks))["drop"] == [tasks[0]["task_id"]]
+        tasks = tasks[1:]
+    assert manager.check_all_complete()
+    assert {task["retry_count"] for task in manager.tasks.values()} == {0}
+
+
+def test_a_task_that_a_heartbeat_leaves_out_is_lost_and_the_others_are_not(managers, clock):
+    manager = managers(ONE_COHORT, lease_s=60)
+    tasks = request_many(manager)
+    clock.advance(50)
+    ask(manager, "heartbeat", worker_id="w", tasks=held(tasks[1:]))
+    clock.advance(20)
+    assert manager.check_stale_assignments() == [tasks[0]["task_id"]]
+    assert ask(manager, "heartbeat", worker_id="w", tasks=held(tasks))["drop"] == [tasks[0]["task_id"]]
+
+
+def test_a_worker_that_dies_loses_each_of_its_tasks_once(managers, clock, make_result):
+    manager = managers(ONE_COHORT, lease_s=60)
+    tasks = request_many(manager)
+    submit(manager, make_result, tasks[0])
+    clock.advance(61)
+    assert sorted(manager.check_stale_assignments()) == sorted(task["task_id"] for task in tasks[1:])
+    view = manager.sweep.ledger.view
+    assert [(view.task(task["task_id"]).losses, view.task(task["task_id"]).failures) for task in tasks] == [
+        (0, 0),
+        *[(1, 0)] * 39,
+    ]
+    again = request_many(manager, "v")
+    assert {task["task_id"] for task in again} == {task["task_id"] for task in tasks[1:]}
+    assert submit(manager, make_result, tasks[5]) == "accepted"  # it was alive after all, and had finished one
+    assert ask(manager, "heartbeat", worker_id="v", tasks=held(again))["drop"] == [tasks[5]["task_id"]]
+    assert ask(manager, "heartbeat", worker_id="w", tasks=held(tasks))["drop"] == [task["task_id"] for task in tasks]
+
+
+def test_a_worker_that_is_stopped_gives_all_its_tasks_back_without_blame(managers, make_result, clock):
+    manager = managers(ONE_COHORT)
+    tasks = request_many(manager)
+    submit(manager, make_result, tasks[0])
+    for task in tasks:
+        answer = ask(manager, "release", worker_id="w", task_id=task["task_id"], attempt=task["attempt"])
+        assert answer == ({"type": "ack", "drop": [task["task_id"]]} if task is tasks[0] else {"type": "ack"})
+    (worker,) = manager.get_status()["workers"]
+    assert worker["task_id"] is None
+    clock.advance(61)  # now it counts as gone
+    assert len(request_many(manager, "v")) == 39
+    assert {manager.sweep.ledger.view.task(task["task_id"]).losses for task in tasks} == {0}
+
+
+def test_more_of_the_same_is_told_apart_from_all_done(managers, make_result):
+    manager = managers(ONE_COHORT + "q: {combinations: [{width_factor: [64]}]}")
+    (wide,) = request_many(manager, "v")
+    tasks = request_many(manager, "w", max_tasks=3)
+    more = request_many(manager, "w", max_tasks=2, cohort=tasks[0]["cohort"])
+    assert {task["cohort"] for task in [*tasks, *more]} == {tasks[0]["cohort"]}
+    assert len({task["task_id"] for task in [*tasks, *more]}) == 5
+    wait = {"type": "no_task", "done": False, "retry_after": 5.0}
+    assert ask(manager, "request_task", worker_id="v", max_tasks=2, cohort=wide["cohort"]) == wait
+    assert ask(manager, "request_task", worker_id="v", cohort="no such key") == wait
+    assert not manager.sweep.has_told_everyone()
+    assert "tasks" not in ask(manager, "request_task", worker_id="w", cohort=tasks[0]["cohort"])
+    while rest := request_many(manager, "x"):
+        for task in rest:
+            submit(manager, make_result, task, "x")
+    for name in manager.assigned_tasks:
+        task = manager.sweep.task_message(manager.sweep.ledger.view.task(name))
+        submit(manager, make_result, task, task["assigned_to"])
+    for worker_id in "vwx":
+        assert not manager.sweep.has_told_everyone()
+        assert ask(manager, "request_task", worker_id=worker_id, max_tasks=2, cohort=wide["cohort"])["done"]
+    assert manager.sweep.has_told_everyone()
+
+
+def test_what_is_left_is_divided_among_the_workers_that_live(managers, clock):
+    manager = managers(ONE_COHORT)
+    first = request_many(manager, "w", max_tasks=1)
+    assert len(first) == 0  # asked for one, told one: no list
+    assert len(request_many(manager, "v")) == 20
+    assert len(request_many(manager, "w")) == 19
+    assert request_many(manager, "v") == []
+
+
+def test_silent_and_broken_workers_leave_their_share_to_the_others(managers, clock):
+    manager = managers(ONE_COHORT)
+    request(manager, "silent")
+    clock.advance(61)
+    for _ in range(3):
+        fail_next(manager, "broken")
+    assert len(request_many(manager, "w")) == 36  # all but the one that is held and those that failed
+
+
+def test_a_manager_that_expects_workers_keeps_their_share_for_a_minute(managers, clock):
+    manager = managers(ONE_COHORT, expected_workers=4)
+    assert len(request_many(manager, "w")) == 10
+    clock.advance(61)
+    ask(manager, "heartbeat", worker_id="w")
+    assert len(request_many(manager, "w")) == 30
+
+
+def test_an_answer_fits_into_one_message(managers, monkeypatch):
+    manager = managers(ONE_COHORT)
+    whole = len(encode(ask(manager, "request_task", worker_id="w", max_tasks=100)))
+    for name in list(manager.assigned_tasks):
+        ask(manager, "release", worker_id="w", task_id=name)
+    limit = whole // 2
+    monkeypatch.setattr("fedsweep.manager.sweep.MAX_MESSAGE", limit)
+    answer = ask(manager, "request_task", worker_id="w", max_tasks=100)
+    one = len(encode(answer["task"]))
+    assert limit - 2 * one < len(encode(answer)) <= limit
+    given = [task["task_id"] for task in answer["tasks"]]
+    assert sorted(manager.assigned_tasks) == sorted(given)
+    assert [task["task_id"] for task in manager.get_status()["workers"]] == given[:1]
+    assert len(manager.sweep.fleet.live()[0].tasks) == len(given)
+    monkeypatch.setattr("fedsweep.manager.sweep.MAX_MESSAGE", 10)
+    assert len(request_many(manager, "w")) == 1  # one is always handed out
+
+
+def test_the_largest_answer_is_far_from_the_limit():
+    config = {name: value for name, value in Experiment(dataset="parquet:" + "d" * 200).model_dump().items()}
+    config |= RunOptions(output_dir="o" * 200, project_name="p" * 50).model_dump()
+    common = {"task_id": "t" * 120, "phase": "p" * 100, "seed": 2**62, "output_dir": "o" * 200, "signature": "s" * 300}
+    message = {**common, "config": config, "output_dirs": ["o" * 200] * 3, "cohort": "c" * 250, "worker_id": "w" * 100}
+    assert len(encode(message)) * MAX_HAND_OUT < MAX_MESSAGE
+
+
 # ---- broken workers
 
 
@@ -335,6 +504,77 @@ def test_a_success_clears_a_worker(managers, make_result):
         task = request(manager, "w")
         ask(manager, "submit_result", task_id=task["task_id"], worker_id="w", result_data=make_result(task))
     assert ask(manager, "request_task", worker_id="w")["type"] == "task"
+
+
+def fail_all(manager, worker, tasks):
+    for task in tasks:
+        common = {"task_id": task["task_id"], "worker_id": worker, "attempt": task["attempt"]}
+        ask(manager, "task_failed", error="CUDA error", **common)
+
+
+def test_a_cohort_that_fails_at_once_does_not_make_its_worker_a_broken_one(managers):
+    manager = managers(ONE_COHORT + "q: {combinations: [{width_factor: [64]}]}")
+    request(manager, "good")
+    tasks = request_many(manager, "w")
+    assert len(tasks) == 20
+    fail_all(manager, "w", tasks)
+    status = {worker["worker_id"]: worker["set_aside"] for worker in manager.get_status()["workers"]}
+    assert status == {"good": False, "w": False}
+    assert {manager.tasks[task["task_id"]]["retry_count"] for task in tasks} == {1}
+    assert len(request_many(manager, "w")) == 20  # the others, which did not fail
+
+
+def test_a_worker_that_fails_three_hand_outs_is_broken_and_all_that_it_failed_is_given_back(managers):
+    manager = managers(ONE_COHORT)
+    request(manager, "good")
+    for number in range(3):
+        tasks = request_many(manager, "broken", max_tasks=10)
+        assert len(tasks) == 10
+        assert max(task["retry_count"] for task in manager.tasks.values()) == min(number, 1)
+        fail_all(manager, "broken", tasks)
+    assert request_many(manager, "broken") == []
+    assert {task["retry_count"] for task in manager.tasks.values()} == {0}
+    assert len(request_many(manager, "good")) == 9  # those that never were with the broken one
+    sizes = [len(request_many(manager, "good")) for _ in range(4)]
+    assert sum(sizes) == 30, sizes  # and the others, together: nothing is held against them
+
+
+def test_a_failure_is_given_back_once(managers):
+    manager = managers(ONE_COHORT)
+    request(manager, "good")
+    for _ in range(3):
+        fail_next(manager, "broken")
+    assert manager.sweep.fleet.see("broken").unforgiven == []
+    late = request(manager, "good")
+    fail_all(manager, "good", [late])
+    assert manager.tasks[late["task_id"]]["retry_count"] == 1
+
+
+def test_one_task_that_fails_again_and_again_is_no_sign_of_a_broken_worker(managers, make_result):
+    manager = managers("p: {combinations: [{lr: [0.1, 0.2]}]}")
+    request(manager, "good")
+    for _ in range(3):
+        fail_next(manager, "w")
+    assert not manager.get_status()["workers"][-1]["set_aside"]
+    assert sorted(task["retry_count"] for task in manager.tasks.values()) == [0, 3]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_shape_that_always_fails_ends_failed_and_sets_no_one_aside_for_long(managers, make_result, count, clock):
+    """Forty tasks fail wherever they run; what others there are is finished."""
+    manager = managers(ONE_COHORT + "q: {combinations: [{width_factor: [1, 2, 3, 64]}, {seed: [1, 2]}]}")
+    for _ in range(2000):
+        clock.advance(1)
+        for number in range(count):
+            tasks = request_many(manager, f"w{number}", max_tasks=10)
+            if tasks and tasks[0]["phase"] == "p":
+                fail_all(manager, f"w{number}", tasks)
+            else:
+                for task in tasks:
+                    submit(manager, make_result, task, f"w{number}")
+        if manager.check_all_complete():
+            break
+    assert (manager.get_status()["failed"], manager.get_status()["complete"]) == (40, 8)
 
 
 # ---- status
