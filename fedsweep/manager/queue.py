@@ -45,9 +45,8 @@ def choose(
     queued = _together(db, lead["cohort"], lead["setbacks"], max_tasks)
     if workers > 1:
         share = _unfinished(db) / workers * (1 - ROUNDING)
-        costs = [row["cost"] for row in queued]
-        count = portion(costs, [row["sharing"] for row in queued], share - held["cost"])
-        queued = queued[: count if held["amount"] else max(1, count)]
+        costs, groups = [row["cost"] for row in queued], [row["sharing"] for row in queued]
+        queued = queued[: portion(costs, groups, share - held["cost"])]
     return [row["number"] for row in queued]
 
 
@@ -56,7 +55,7 @@ def portion(costs: Sequence[float], groups: Sequence[str], room: float) -> int:
 
     Each worker shall hold no more than an equal part of what is unfinished. Else the first to ask takes the last tasks
     of a sweep, 256 at once, and trains them while the others look on. The task that fills the room still belongs to the
-    portion, so all are handed out although nothing divides evenly.
+    portion, so all are handed out although nothing divides evenly, and who holds nothing gets something.
 
     A cut within a group (equal neighbours in `groups`: experiments that share their images) moves to before the group
     where that keeps most of the portion; what it costs in balance, the next request makes up for.

@@ -550,6 +550,16 @@ def test_a_failure_is_given_back_once(managers):
     assert manager.tasks[late["task_id"]]["retry_count"] == 1
 
 
+def test_what_failed_before_the_last_success_is_not_given_back(managers, make_result):
+    manager = managers(GRID_OF_40)
+    request(manager, "good")
+    early = fail_next(manager, "w")
+    submit(manager, make_result, request(manager, "w"))
+    late = [fail_next(manager, "w") for _ in range(3)]
+    assert ask(manager, "request_task", worker_id="w")["type"] == "no_task"
+    assert [manager.tasks[task["task_id"]]["retry_count"] for task in (early, *late)] == [1, 0, 0, 0]
+
+
 def test_one_task_that_fails_again_and_again_is_no_sign_of_a_broken_worker(managers, make_result):
     manager = managers("p: {combinations: [{lr: [0.1, 0.2]}]}")
     request(manager, "good")
