@@ -24,8 +24,7 @@ APPLIED = 64  # images at once where models are only applied
 
 class _Shape(ctypes.Structure):
     _fields_ = tuple(
-        (name, ctypes.c_int32)
-        for name in ("is_cnn", "width", "depth", "classes", "channels", "side", "batch", "lanes")
+        (name, ctypes.c_int32) for name in ("is_cnn", "width", "depth", "classes", "channels", "side", "batch", "lanes")
     )
 
 

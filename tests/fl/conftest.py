@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from fedsweep.fl.data import ImageData
 from fedsweep.fl.outcome import Outcome
 from fedsweep.fl.reference import run
 from fedsweep.plan.experiment import Experiment
+from fedsweep.worker.kernels import load_kernels
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,3 +66,16 @@ def finish() -> Callable[..., Outcome]:
                 return outcome
 
     return to_the_end
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Callable[[torch.dtype], ctypes.CDLL]:
+    """The compiled kernels for float32 or float64; the test is skipped where there is no compiler."""
+
+    def load(dtype: torch.dtype = torch.float32) -> ctypes.CDLL:
+        library = load_kernels(dtype)
+        if library is None:
+            pytest.skip("needs a C++ compiler (g++ or clang++)")
+        return library
+
+    return load

@@ -1,0 +1,121 @@
+"""The compiled kernels: shapes at the edges, and the same bits however lanes are tiled."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsweep.fl.data import ImageData
+from fedsweep.fl.engine import Cohort
+from fedsweep.fl.lanes import ModelShape
+from fedsweep.fl.loop import LoopTrainer
+from fedsweep.fl.native import NativeTrainer, lane_counts, tiles
+from fedsweep.plan.experiment import Experiment
+
+Kernels = Callable[[torch.dtype], ctypes.CDLL]
+DOUBLE_LANES = 8  # that fill a vector of doubles
+
+
+@given(st.integers(1, 500), st.sampled_from([1, 2, 4, 8, 16]))
+def test_tiles_hold_every_lane_and_are_a_quarter_empty_at_most(lanes: int, most: int) -> None:
+    sizes = tiles(lanes, most)
+    assert all(size in (1, 2, 4, 8, 16) and size <= most for size in sizes)
+    assert lanes <= sum(sizes)
+    assert sum(sizes) - lanes <= sizes[-1] // 4
+
+
+def test_a_convolution_has_as_many_lanes_as_its_channels_leave_room_for() -> None:
+    def counts(model_type: str, width: int, depth: int, vector_length: int = 16) -> list[int]:
+        return lane_counts(ModelShape(model_type, width, depth, 10, 1, 8), vector_length)
+
+    assert counts("cnn", 4, 2) == [1, 2, 4, 8, 16]
+    assert counts("cnn", 16, 2) == [1, 2, 4]
+    assert counts("cnn", 64, 2) == [1]
+    assert counts("cnn", 65, 2) == []
+    assert counts("cnn", 65, 0) == counts("lr", 4096, 3) == [1, 2, 4, 8, 16]
+    assert counts("cnn", 16, 2, vector_length=8) == [1, 2]
+
+
+def trained(experiments: list[Experiment], data: ImageData, trainer: object, dtype: torch.dtype) -> torch.Tensor:
+    """The global models [E, P] after a round."""
+    cohort = Cohort(data, trainer, dtype)  # type: ignore[arg-type]
+    for place, experiment in enumerate(experiments):
+        cohort.join(str(place), experiment)
+    cohort.train_round()
+    layout = ModelShape.of(experiments[0], data).layout
+    return torch.stack([layout.flatten(cohort.weights(name)) for name in cohort.names])
+
+
+EDGES = [
+    {"model_type": "cnn", "width_factor": 3, "depth": 5},  # pools down to one pixel, then blocks without pooling
+    {"model_type": "cnn", "width_factor": 1, "depth": 2},
+    {"model_type": "cnn", "width_factor": 17, "depth": 3},  # 17 channels: three vectors of doubles, half empty
+    {"model_type": "lr", "width_factor": 1, "depth": 1},
+    {"model_type": "lr", "width_factor": 70, "depth": 3},  # several blocks of columns
+    {"model_type": "lr", "width_factor": 9, "depth": 9},
+]
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(("classes", "channels", "side"), [(10, 1, 7), (3, 3, 5), (101, 2, 4)])
+def test_shapes_at_the_edges(
+    edge: dict[str, object],
+    classes: int,
+    channels: int,
+    side: int,
+    random_data: Callable[..., ImageData],
+    kernels: Kernels,
+) -> None:
+    data = random_data(num_classes=classes, channels=channels, side=side, train=260)
+    experiments = [
+        Experiment(num_clients=3, batch_size=16, local_epochs=2, poison_ratio=ratio, lr=0.01 + ratio / 10, **edge)  # type: ignore[arg-type]
+        for ratio in (0.0, 0.1, 0.2, 0.3, 0.4)
+    ]
+    expected = trained(experiments, data, LoopTrainer(experiments[0], data, dtype=torch.float64), torch.float64)
+    library = kernels(torch.float64)
+    for lanes in lane_counts(ModelShape.of(experiments[0], data), DOUBLE_LANES):
+        found = trained(experiments, data, NativeTrainer(experiments[0], data, library, 2, lanes), torch.float64)
+        assert float((found - expected).norm() / expected.norm()) < 1e-9
+
+
+@pytest.mark.parametrize("edge", [*EDGES, {"model_type": "cnn", "width_factor": 4, "depth": 4}])
+def test_neither_tiles_nor_threads_change_a_bit(edge: dict[str, object], digits: ImageData, kernels: Kernels) -> None:
+    experiments = [
+        Experiment(poison_ratio=ratio, aggregator=rule, num_clients=4, **edge)  # type: ignore[arg-type]
+        for ratio in (0.1, 0.2, 0.3)
+        for rule in ("fedavg", "median", "fedavg_uniform")
+    ]
+    library = kernels(torch.float32)
+    found = [
+        trained(experiments, digits, NativeTrainer(experiments[0], digits, library, threads, lanes), torch.float32)
+        for lanes in lane_counts(ModelShape.of(experiments[0], digits), 16)
+        for threads in (1, 3)
+    ]
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_a_batch_of_one_is_no_step(random_data: Callable[..., ImageData], kernels: Kernels) -> None:
+    data = random_data(train=60)
+    experiment = Experiment(model_type="lr", num_clients=3, batch_size=17, partition="iid", validation_split=0.1)
+    expected = trained([experiment], data, LoopTrainer(experiment, data), torch.float32)  # 18 samples: 17 and 1
+    found = trained([experiment], data, NativeTrainer(experiment, data, kernels(torch.float32)), torch.float32)
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_models_are_applied_as_the_reference_applies_them(
+    random_data: Callable[..., ImageData], kernels: Kernels
+) -> None:
+    data = random_data(side=7, channels=3, test=1100)
+    for model_type in ("lr", "cnn"):
+        experiment = Experiment(model_type=model_type, depth=3, num_clients=3)
+        native = NativeTrainer(experiment, data, kernels(torch.float32), 2, 8)
+        weights = trained(
+            [experiment.model_copy(update={"seed": seed}) for seed in range(11)], data, native, torch.float32
+        )
+        expected = LoopTrainer(experiment, data).logits(weights, data.test_images)
+        torch.testing.assert_close(native.logits(weights, data.test_images), expected, rtol=1e-4, atol=1e-5)
