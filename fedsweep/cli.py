@@ -61,7 +61,9 @@ def run(
     configs: Configs,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Worker processes.", show_default="one for each GPU; one on a machine without"),
+        typer.Option(
+            min=1, help="Worker processes.", show_default="one for each GPU; one with all CPUs on a machine without"
+        ),
     ] = None,
     device: Device = "auto",
     data_dir: DataDir = None,
@@ -156,14 +158,27 @@ def worker(
     ] = None,
     data_dir: DataDir = None,
     state_dir: StateDir = Path(".fedsweep"),
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Threads that train on a CPU; they change no result.", show_default="one for each CPU"
+        ),
+    ] = None,
     exit_with_parent: ExitWithParent = False,
 ) -> None:
     """Claim a GPU (or the CPU), ask the manager for experiments, run them, and submit the results."""
-    from fedsweep.worker import worker_loop
+    from fedsweep.worker.worker import leave_process, worker_loop
 
     _start_logging(exit_with_parent)
-    code = worker_loop(manager=manager, device=device, token_file=token_file, data_dir=data_dir, state_dir=state_dir)
-    raise typer.Exit(code)
+    code = worker_loop(
+        manager=manager,
+        device=device,
+        token_file=token_file,
+        data_dir=data_dir,
+        state_dir=state_dir,
+        threads=threads,
+    )
+    leave_process(code)
 
 
 @app.command()

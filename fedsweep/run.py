@@ -27,6 +27,7 @@ from fedsweep.plan.config import parse
 from fedsweep.plan.grid import Grid, expand
 from fedsweep.report.display import choose, duration, panel
 from fedsweep.worker.client import ManagerClient
+from fedsweep.worker.cpus import available_cpus
 
 INTERRUPTED = 130
 POLL_S = 0.25
@@ -65,7 +66,7 @@ def run_sweep(request: RunRequest) -> int:
     started_at = time.monotonic()
     sweep = LocalSweep(
         manager_arguments=_manager_arguments(request),
-        worker_arguments=_worker_arguments(request, device),
+        worker_arguments=_worker_arguments(request, device, num_workers),
         num_workers=num_workers,
         state_dir=request.state_dir,
         host=request.host,
@@ -130,8 +131,9 @@ def _manager_arguments(request: RunRequest) -> list[str]:
     return [*options, "--heartbeat-s", str(LOCAL_HEARTBEAT_S), *request.arguments]
 
 
-def _worker_arguments(request: RunRequest, device: str) -> list[str]:
-    options = ["--state-dir", str(request.state_dir), "--device", device]
+def _worker_arguments(request: RunRequest, device: str, num_workers: int) -> list[str]:
+    threads = max(1, available_cpus() // num_workers)
+    options = ["--state-dir", str(request.state_dir), "--device", device, "--threads", str(threads)]
     return options if request.data_dir is None else [*options, "--data-dir", str(request.data_dir)]
 
 

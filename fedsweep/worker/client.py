@@ -29,11 +29,16 @@ _CHUNK = 65_536
 
 @dataclass(frozen=True)
 class TaskReply:
-    """What came of asking for a task."""
+    """What came of asking for tasks."""
 
     kind: Literal["task", "wait", "done", "unreachable"]
-    task: TaskMessage | None = None  # with `task`
+    tasks: tuple[TaskMessage, ...] = ()  # with `task`: one or more, which may be trained together
     retry_after: float = 0.0  # with `wait`: seconds
+
+    @property
+    def task(self) -> TaskMessage | None:
+        """The first task, if there is one."""
+        return self.tasks[0] if self.tasks else None
 
 
 class ManagerClient:
@@ -167,14 +172,27 @@ def request_task_from_manager(
     gpu_id: int | None = None,
     worker_type: str = "cpu",
     device: str | None = None,
+    *,
+    max_tasks: int = 1,
+    cohort: str | None = None,
 ) -> TaskReply:
-    """Ask for a task; never raises for a manager that is away.
+    """Ask for a task, or several; never raises for a manager that is away.
+
+    Args:
+        client: talks to the manager.
+        worker_id: who asks.
+        gpu_id: number of its GPU.
+        worker_type: `gpu` or `cpu`.
+        device: name of its device, for people.
+        max_tasks: how many tasks are wanted at most. A manager of old gives one.
+        cohort: take only tasks of this cohort; None: of any.
 
     Raises:
         ProtocolError: the manager refused the request (a wrong token, say).
     """
     message: dict[str, Any] = {"type": "request_task", "worker_id": worker_id, "worker_type": worker_type}
-    message |= {name: value for name, value in (("gpu_id", gpu_id), ("device", device)) if value is not None}
+    known = {"gpu_id": gpu_id, "device": device, "cohort": cohort, "max_tasks": max_tasks if max_tasks > 1 else None}
+    message |= {name: value for name, value in known.items() if value is not None}
     try:
         reply = client.ask(message)
     except ManagerUnreachable as error:
@@ -187,8 +205,9 @@ def request_task_from_manager(
         return TaskReply("unreachable")
     if reply.get("type") == "task":
         try:
-            return TaskReply("task", TaskMessage.model_validate(reply["task"]))
-        except (KeyError, ValidationError) as error:
+            given = reply["tasks"] if reply.get("tasks") else [reply["task"]]
+            return TaskReply("task", tuple(map(TaskMessage.model_validate, given)))
+        except (KeyError, TypeError, ValidationError) as error:
             raise ProtocolError("bad_field", f"the manager's task cannot be read: {error}") from None
     if reply.get("type") != "no_task":
         raise ProtocolError("unknown_type", f"the manager answered {reply.get('type')} to a request for a task")

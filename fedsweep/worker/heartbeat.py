@@ -1,4 +1,4 @@
-"""While a task runs, a thread tells the manager so and hears whether the task is still wanted."""
+"""While tasks run, a thread tells the manager so and hears which of them are still wanted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Self
 from fedsweep.errors import ManagerUnreachable, ProtocolError
 from fedsweep.manager.protocol import TaskMessage
 from fedsweep.worker.client import ManagerClient
-from fedsweep.worker.runner import Progress
+from fedsweep.worker.result import Progress
 
 log = logging.getLogger(__name__)
 
@@ -19,19 +19,23 @@ LONGEST_WAIT_S = 10.0  # for the answer to a heartbeat
 
 
 class Heartbeat:
-    """Beats every `heartbeat_s` of the task while entered, over a connection of its own."""
+    """Beats for all tasks that a worker holds, while entered, over a connection of its own.
 
-    def __init__(self, client: ManagerClient, worker_id: str, device: str, task: TaskMessage) -> None:
-        """Talk to the manager of `client`, for the worker that holds `task` on `device` (a name for people)."""
-        self.client = ManagerClient(
-            client.host, client.port, client.token, timeout=min(task.heartbeat_s, LONGEST_WAIT_S), retries=0
-        )
+    As often as the task says that wants it most often.
+    """
+
+    def __init__(self, client: ManagerClient, worker_id: str, device: str) -> None:
+        """Talk to the manager of `client`, for a worker on `device` (a name for people)."""
+        self.client = ManagerClient(client.host, client.port, client.token, timeout=LONGEST_WAIT_S, retries=0)
         self.worker_id = worker_id
         self.device = device
-        self.task = task
-        self.progress: Progress | None = None  # the newest; set by whoever runs the task
-        self.dropped = False  # whether the manager no longer wants the task from this worker
-        self._ended = threading.Event()
+        self._tasks: dict[str, TaskMessage] = {}
+        self._progress: dict[str, Progress] = {}
+        self._dropped: set[str] = set()
+        self._lock = threading.Lock()
+        self._pause_s = LONGEST_WAIT_S
+        self._changed = threading.Event()  # a task was taken: it may want to be heard of sooner
+        self._ended = False
         self._thread = threading.Thread(target=self._beat_until_ended, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
@@ -42,20 +46,60 @@ class Heartbeat:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Not waited for: a beat that is under way changes nothing for a task that has ended.
-        self._ended.set()
+        self._ended = True
+        self._changed.set()
+
+    def hold(self, task: TaskMessage) -> None:
+        """Beat for a task, from now on; for one that is held already under its new attempt."""
+        with self._lock:
+            self._tasks[task.task_id] = task
+            self._dropped.discard(task.task_id)
+            pause_s = min(each.heartbeat_s for each in self._tasks.values())
+            is_sooner, self._pause_s = pause_s < self._pause_s, pause_s
+        if is_sooner:
+            self._changed.set()
+
+    def let_go(self, task_id: str) -> None:
+        """Beat for a task no longer."""
+        with self._lock:
+            self._tasks.pop(task_id, None)
+            self._progress.pop(task_id, None)
+            self._dropped.discard(task_id)
+
+    def tell(self, task_id: str, progress: Progress) -> None:
+        """Say in the next beat how far a task is."""
+        with self._lock:
+            self._progress[task_id] = progress
+
+    def dropped(self) -> set[str]:
+        """The tasks that the manager no longer wants from this worker."""
+        with self._lock:
+            return set(self._dropped)
 
     def _beat_until_ended(self) -> None:
         with self.client:
-            while not self._ended.wait(self.task.heartbeat_s):
-                if not self._beat():
+            while not self._ended:
+                if self._changed.wait(self._pause_s):
+                    self._changed.clear()
+                elif not self._beat():
                     return
+
+    def _message(self) -> dict[str, Any] | None:
+        with self._lock:
+            held = [
+                {"task_id": task.task_id, "attempt": task.attempt}
+                | (asdict(self._progress[task.task_id]) if task.task_id in self._progress else {})
+                for task in self._tasks.values()
+            ]
+        if not held:
+            return None
+        return {"type": "heartbeat", "worker_id": self.worker_id, "device": self.device, "tasks": held}
 
     def _beat(self) -> bool:
         """Send one; whether there is a point in sending more."""
-        held: dict[str, Any] = {"task_id": self.task.task_id, "attempt": self.task.attempt}
-        if self.progress is not None:
-            held |= asdict(self.progress)
-        message = {"type": "heartbeat", "worker_id": self.worker_id, "device": self.device, "tasks": [held]}
+        message = self._message()
+        if message is None:
+            return True
         try:
             reply = self.client.ask(message)
         except ManagerUnreachable as error:
@@ -64,7 +108,16 @@ class Heartbeat:
         except ProtocolError as error:
             log.debug("heartbeat: %s", error)
             return error.code != "unknown_type"  # an old manager knows none
-        drop = reply.get("drop")
-        if isinstance(drop, list) and self.task.task_id in drop:
-            self.dropped = True
+        if isinstance(reply.get("drop"), list):
+            self._note_dropped(reply["drop"], message["tasks"])
         return True
+
+    def _note_dropped(self, drop: list[Any], told: list[dict[str, Any]]) -> None:
+        """What the manager said of attempts that are not ours any more by now does not count."""
+        attempts = {(each["task_id"], each["attempt"]) for each in told}
+        with self._lock:
+            self._dropped |= {
+                task.task_id
+                for task in self._tasks.values()
+                if task.task_id in drop and (task.task_id, task.attempt) in attempts
+            }

@@ -1,8 +1,7 @@
-"""One experiment from its configuration to its result, by the reference engine."""
+"""One experiment from its configuration to its result."""
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -12,17 +11,15 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedsweep import __version__
 from fedsweep.datasets import load_global_dataset
 from fedsweep.fl.data import ImageData
+from fedsweep.fl.engine import Cohort
 from fedsweep.fl.outcome import Outcome, RoundReport
 from fedsweep.fl.reference import (
     ClientDataloader,
@@ -32,18 +29,12 @@ from fedsweep.fl.reference import (
     run,
     train_client,
 )
-from fedsweep.plan.experiment import from_config
-from fedsweep.worker.device import device_name, prepare_torch
+from fedsweep.plan.experiment import Experiment, from_config
+from fedsweep.worker.device import prepare_torch
+from fedsweep.worker.plans import choose_trainer
+from fedsweep.worker.result import Progress, records, result_of
 
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an experiment is."""
-
-    round: int  # the last one that has ended, from 1
-    rounds: int  # at most
-    val_loss: float | None  # after that round; None where not finite
-    val_acc: float | None
+REFERENCE_PLAN = "reference"
 
 
 def create_model(config: Mapping[str, Any], data: ImageData) -> nn.Module:
@@ -59,17 +50,20 @@ def run_single_experiment(
     *,
     data_dir: str | Path | None = None,
     on_round: Callable[[Progress], None] | None = None,
+    threads: int = 1,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run an experiment.
 
     Args:
-        config: every parameter, flat, with or without run options. On a CPU, `num_parallel_workers` above 1 trains the
-            clients of a round in that many processes; the result is the same bit for bit.
+        config: every parameter, flat, with or without run options. `engine` says which engine runs it: `batched`
+            (the default) or `reference`. For the latter, on a CPU, `num_parallel_workers` above 1 trains the clients of
+            a round in that many processes; the result is the same bit for bit.
         seed: replaces `seed` in the config.
         data: the data set; loaded by its name if not given.
         device: a torch device.
         data_dir: folder with the official files.
         on_round: told after every round; what it raises ends the experiment.
+        threads: that the batched engine trains in, on a CPU; they change no bit.
 
     Returns:
         The result as it is submitted, without the history: metrics that are not finite are None, as all are where the
@@ -84,11 +78,29 @@ def run_single_experiment(
     if data is None:
         data = load_global_dataset(experiment.dataset, data_dir)
     started_at = time.monotonic()
-    num_processes = int(config.get("num_parallel_workers", 1)) if device == "cpu" else 1
-    with _client_trainer(num_processes, data) as train_clients:
-        outcome = _drain(run(experiment, data, device, train_clients), experiment.global_rounds, on_round)
-    result = _science(outcome) | _provenance(device, time.monotonic() - started_at)
-    return result, [_record(report) for report in outcome.history]
+    if config.get("engine", "batched") == "reference":
+        num_processes = int(config.get("num_parallel_workers", 1)) if device == "cpu" else 1
+        with _client_trainer(num_processes, data) as train_clients:
+            outcome = _drain(run(experiment, data, device, train_clients), experiment.global_rounds, on_round)
+        plan = REFERENCE_PLAN
+    else:
+        data = data.to(device)
+        trainer = choose_trainer([experiment], data, threads)
+        outcome, plan = _run_batched(experiment, Cohort(data, trainer), on_round), trainer.plan
+    result = result_of(outcome, device=device, plan=plan, seconds=time.monotonic() - started_at)
+    return result, records(outcome.history)
+
+
+def _run_batched(experiment: Experiment, cohort: Cohort, on_round: Callable[[Progress], None] | None) -> Outcome:
+    cohort.join("", experiment)
+    while True:
+        (end,) = cohort.run_round()
+        if end.error is not None:
+            raise end.error
+        if end.report is not None and on_round is not None:
+            on_round(Progress.after(end.report, experiment.global_rounds))
+        if end.outcome is not None:
+            return end.outcome
 
 
 def _drain(
@@ -101,55 +113,7 @@ def _drain(
             outcome: Outcome = end.value
             return outcome
         if on_round is not None:
-            on_round(Progress(report.round, total, _finite(report.val_loss), _finite(report.val_acc)))
-
-
-def _science(outcome: Outcome) -> dict[str, Any]:
-    std = 0.0 if outcome.outcome == "ok" else None  # a row is one seed
-    per_class = outcome.per_class_test_acc
-    return {
-        "outcome": outcome.outcome,
-        "mean_test_acc": _finite(outcome.test_acc),
-        "std_test_acc": std,
-        "mean_test_loss": _finite(outcome.test_loss),
-        "std_test_loss": std,
-        "mean_val_acc": _finite(outcome.val_acc),
-        "std_val_acc": std,
-        "mean_val_loss": _finite(outcome.val_loss),
-        "std_val_loss": std,
-        "num_parameters": outcome.num_parameters,
-        "best_epoch": outcome.best_epoch,
-        "attack_success_rate": outcome.attack_success_rate,
-        "poisoned_clients": outcome.poisoned_clients,
-        "poisoned_samples": outcome.poisoned_samples,
-        "nonfinite_clients": outcome.nonfinite_clients,
-        "rounds_run": outcome.rounds_run,
-        "per_class_test_acc": None if per_class is None else list(per_class),
-    }
-
-
-def _provenance(device: str, seconds: float) -> dict[str, Any]:
-    return {
-        "wall_time_s": round(seconds, 3),
-        "device": device_name(device),
-        "fedsweep_version": __version__,
-        "torch_version": torch.__version__,
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _record(report: RoundReport) -> dict[str, Any]:
-    return {
-        "round": report.round,
-        "val_loss": _finite(report.val_loss),
-        "val_acc": _finite(report.val_acc),
-        "nonfinite_clients": report.nonfinite_clients,
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    """The value, or None where it is not a finite number, which JSON does not have."""
-    return value if value is not None and math.isfinite(value) else None
+            on_round(Progress.after(report, total))
 
 
 # ---- the clients of a round, side by side

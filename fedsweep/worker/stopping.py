@@ -16,6 +16,10 @@ from fedsweep.errors import Preempted
 GRACE_S = 2.0  # after a signal, for what must not be interrupted; giving the task back comes on top
 
 
+class _Interrupted(BaseException):
+    """`Preempted` on its way out of an interruptible part: no `except Exception` in there takes it for a failure."""
+
+
 class StopSignals:
     """While entered, turns a stop signal into `Preempted`, raised in the main thread.
 
@@ -52,10 +56,10 @@ class StopSignals:
         self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._insist)
         signal.setitimer(signal.ITIMER_REAL, GRACE_S, GRACE_S)
         if self._may_raise:
-            raise Preempted
+            raise _Interrupted
 
     def _insist(self, _number: int, _frame: FrameType | None) -> None:
-        raise Preempted
+        raise _Interrupted if self._may_raise else Preempted
 
     def settle(self) -> None:
         """Stop insisting: `Preempted` has been caught."""
@@ -74,6 +78,8 @@ class StopSignals:
         try:
             self.check()
             yield
+        except _Interrupted:
+            raise Preempted from None
         finally:
             self._may_raise = False
 

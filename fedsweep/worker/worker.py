@@ -1,4 +1,4 @@
-"""The worker: deliver what waits, ask for a task, run it, ask again."""
+"""The worker: deliver what waits, ask for tasks, run them, ask again."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import os
 import random
 import secrets
 import socket
+import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from fedsweep.errors import Preempted, ProtocolError, UsageError
-from fedsweep.worker import spool
-from fedsweep.worker.client import ManagerClient, TaskReply, request_task_from_manager, submit_result_to_manager
-from fedsweep.worker.device import Device, claim_device, device_name, prepare_torch
+from fedsweep.worker.client import ManagerClient, TaskReply
+from fedsweep.worker.cpus import available_cpus
+from fedsweep.worker.delivery import deliver_spool, give_back, last_words
+from fedsweep.worker.device import claim_device, device_name, prepare_torch
 from fedsweep.worker.gpu import LOCK_DIR
+from fedsweep.worker.room import MOST_TOGETHER
+from fedsweep.worker.station import Station
 from fedsweep.worker.stopping import StopSignals
-from fedsweep.worker.task import give_back, run_task
+from fedsweep.worker.task import run_tasks
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ def worker_loop(
     data_dir: str | Path | None = None,
     worker_id: str | None = None,
     *,
+    threads: int | None = None,
     lock_dir: str | Path = LOCK_DIR,
     patience_s: float = PATIENCE_S,
 ) -> int:
@@ -47,9 +53,10 @@ def worker_loop(
         manager: HOST:PORT.
         device: `auto`, `cpu` or `cuda:N`.
         token_file: file with the manager's token; `token` in `state_dir` if not given.
-        state_dir: where undelivered results wait, in `spool`.
+        state_dir: where undelivered results wait, in `spool`, and experiments in the middle, in `checkpoints`.
         data_dir: folder with the official data files.
         worker_id: what the manager calls this worker; made of host, PID and chance if not given.
+        threads: that train at the same time, on a CPU; as many as there are CPUs if not given. They change no row.
         lock_dir: where the GPU locks are.
         patience_s: how long to try a manager that has never answered.
 
@@ -63,18 +70,19 @@ def worker_loop(
     host, port = _address(manager)
     claimed = claim_device(device, lock_dir)
     prepare_torch()
-    loop = _Loop(
-        worker_id=worker_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
-        device=claimed,
+    station = Station(
         client=ManagerClient(host, port, None),
-        token_file=Path(token_file or Path(state_dir) / "token"),
+        worker_id=worker_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
         spool_dir=Path(state_dir) / "spool",
+        device=claimed,
         data_dir=data_dir,
-        give_up_at=time.monotonic() + patience_s,
+        threads=threads or available_cpus(),
+        checkpoint_dir=Path(state_dir) / "checkpoints",
     )
-    log.info("worker %s on %s asks %s", loop.worker_id, device_name(claimed.torch_name), manager)
+    loop = _Loop(station, Path(token_file or Path(state_dir) / "token"), give_up_at=time.monotonic() + patience_s)
+    log.info("worker %s on %s asks %s", station.worker_id, device_name(claimed.torch_name), manager)
     try:
-        with loop.stop, loop.client:
+        with station.stop, station.client:
             return loop.run()
     except Preempted:
         log.info("stopped as asked")
@@ -94,17 +102,22 @@ def _address(manager: str) -> tuple[str, int]:
 class _Loop:
     """What a worker is, and what it knows of its manager."""
 
-    worker_id: str
-    device: Device
-    client: ManagerClient
+    station: Station
     token_file: Path
-    spool_dir: Path
-    data_dir: str | Path | None
     give_up_at: float  # monotonic, while no manager has ever answered
-    stop: StopSignals = field(default_factory=StopSignals)
     has_answered: bool = False
     is_spool_due: bool = True  # whether to look for results that wait before asking
     pause_s: float = FIRST_PAUSE_S
+
+    @property
+    def client(self) -> ManagerClient:
+        """Talks to the manager."""
+        return self.station.client
+
+    @property
+    def stop(self) -> StopSignals:
+        """Tells of stop signals."""
+        return self.station.stop
 
     def run(self) -> int:
         """Ask and do until the end; the exit status."""
@@ -117,16 +130,8 @@ class _Loop:
                 self._pause()
                 continue
             self.has_answered, self.pause_s = True, FIRST_PAUSE_S
-            if reply.task is not None:
-                self.is_spool_due = not run_task(
-                    reply.task,
-                    self.client,
-                    worker_id=self.worker_id,
-                    spool_dir=self.spool_dir,
-                    device=self.device,
-                    data_dir=self.data_dir,
-                    stop=self.stop,
-                )
+            if reply.tasks:
+                self.is_spool_due = not run_tasks(reply.tasks, self.station)
             elif reply.kind == "wait":
                 # What a worker of this host left when it was killed is delivered before it is computed again.
                 self.is_spool_due = True
@@ -155,18 +160,19 @@ class _Loop:
                 raise
             self._renew_token(error)
             return self._ask()
-        if self.stop.requested and reply.task is not None:
+        if self.stop.requested and reply.tasks:
             self.stop.settle()
-            give_back(reply.task, self.client, self.worker_id)
+            with last_words(self.client) as client:
+                for task in reply.tasks:
+                    give_back(task, client, self.station.worker_id)
         self.stop.check()
         return reply
 
     def _deliver_and_request(self) -> TaskReply:
-        if self.is_spool_due and not deliver_spool(self.spool_dir, self.client, self.worker_id):
+        if self.is_spool_due and not deliver_spool(self.station.spool_dir, self.client, self.station.worker_id):
             return TaskReply("unreachable")
         self.is_spool_due = False
-        name = device_name(self.device.torch_name)
-        return request_task_from_manager(self.client, self.worker_id, self.device.gpu_id, self.device.kind, name)
+        return self.station.request(MOST_TOGETHER)
 
     def _read_token(self) -> str | None:
         """The token; None where there is none, as before the first start of a manager, or for a manager of old."""
@@ -192,26 +198,12 @@ class _Loop:
         self.client.token = token
 
 
-def deliver_spool(spool_dir: Path, client: ManagerClient, worker_id: str) -> bool:
-    """Deliver what lies in the spool, of this worker or of another; False where the manager is away.
+def leave_process(code: int) -> NoReturn:
+    """End this process at once.
 
-    A result that the manager refuses for good is set aside in the spool with a line in the log.
-
-    Raises:
-        ProtocolError: the manager does not accept our token.
+    After a stop signal, threads may still be in the middle of a round, and the end of a process waits for its threads.
     """
-    for waiting in spool.pending(spool_dir):
-        try:
-            delivered = submit_result_to_manager(
-                client, waiting.task_id, worker_id, waiting.result_data, waiting.attempt
-            )
-        except ProtocolError as error:
-            if error.code == "unauthorized":
-                raise
-            spool.set_aside(waiting.path, error)
-            continue
-        if not delivered:
-            return False
-        spool.remove(waiting)
-        log.info("%s: the result that waited is delivered", waiting.task_id)
-    return True
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from fedsweep.fl import candidates
+from fedsweep.fl.loop import LoopTrainer
+from fedsweep.worker import plans
 
 FAKE_NVML = """\
 import os
@@ -39,3 +44,19 @@ def fake_nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+
+
+@pytest.fixture
+def plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other trainer than the plain loop."""
+
+    def loop(example: Any, data: Any, threads: int, *_: object) -> dict[str, Any]:
+        return {"loop": lambda: LoopTrainer(example, data, threads)}
+
+    monkeypatch.setattr(candidates, "candidates", loop)
+
+
+@pytest.fixture(autouse=True)
+def own_choices(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices of plans are not those of this machine's user, nor kept for it."""
+    monkeypatch.setattr(plans, "default_cache_dir", lambda: tmp_path_factory.getbasetemp() / "choices")

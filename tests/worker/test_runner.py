@@ -24,7 +24,8 @@ from fedsweep.fl.data import ImageData
 from fedsweep.manager.protocol import PROVENANCE_FIELDS, ResultData
 from fedsweep.plan.experiment import from_config
 from fedsweep.worker import create_model, run_single_experiment, train_client_worker
-from fedsweep.worker.runner import Progress, _job
+from fedsweep.worker.result import Progress
+from fedsweep.worker.runner import _job
 
 CONFIG = {
     "dataset": "digits",
@@ -36,6 +37,9 @@ CONFIG = {
     "poison_ratio": 0.3,
     "batch_size": 64,
 }
+
+
+REFERENCE = CONFIG | {"engine": "reference"}
 
 
 def reference(config: dict[str, object], seed: int) -> engine.Outcome:
@@ -51,9 +55,11 @@ def without_provenance(result: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in result.items() if name not in PROVENANCE_FIELDS}
 
 
-def test_a_result_is_what_the_engine_found():
-    result, history = run_single_experiment(CONFIG, 5)
+@pytest.mark.parametrize("engine", ["reference", "batched"])
+def test_a_result_is_what_the_engine_found(engine, plain_loop):
+    result, history = run_single_experiment(CONFIG | {"engine": engine}, 5, threads=2)
     outcome = reference(CONFIG, 5)
+    assert result["plan"] == {"reference": "reference", "batched": "loop"}[engine]
     assert without_provenance(result) == {
         "outcome": "ok",
         "mean_test_acc": outcome.test_acc,
@@ -175,10 +181,10 @@ def test_a_client_trained_from_plain_values_has_the_same_bits():
 
 
 def test_processes_change_no_bit_and_leave_nothing_behind():
-    alone, rounds_alone = run_single_experiment(CONFIG, 5)
+    alone, rounds_alone = run_single_experiment(REFERENCE, 5)
     told: list[int] = []
     together, rounds = run_single_experiment(
-        CONFIG | {"num_parallel_workers": 2},
+        REFERENCE | {"num_parallel_workers": 2},
         5,
         on_round=lambda _: told.append(len(multiprocessing.active_children())),
     )
@@ -190,6 +196,7 @@ def test_processes_change_no_bit_and_leave_nothing_behind():
 
 # One client, so one process; a round of this takes minutes.
 LONG_ROUND = {"model_type": "cnn", "width_factor": 64, "depth": 8, "num_clients": 1, "local_epochs": 1000}
+LONG_ROUND |= {"engine": "reference"}
 IMPORT_S = 4.0  # of CPU time, more than a process takes before it trains
 
 

@@ -23,15 +23,16 @@ import torch
 
 import fedsweep.worker
 from fedsweep.errors import PartitionError, Preempted, UsageError
+from fedsweep.fl.loop import LoopTrainer
 from fedsweep.manager.protocol import decode, encode, parse_request
-from fedsweep.worker import gpu, run_single_experiment, spool, stopping, worker_loop
-from fedsweep.worker import task as task_module
-from fedsweep.worker.task import log_name
+from fedsweep.worker import cohort_run, gpu, run_single_experiment, spool, stopping, worker_loop
+from fedsweep.worker import held as held_module
+from fedsweep.worker.task_log import log_name
 
 TOKEN = "a-token"
 SHORT = {"dataset": "digits", "model_type": "lr", "width_factor": 2, "depth": 0, "num_clients": 2, "global_rounds": 2}
 LONG = SHORT | {"global_rounds": 100_000, "early_stopping_patience": None}
-PROVENANCE = {"wall_time_s", "device", "worker", "fedsweep_version", "torch_version", "finished_at"}
+PROVENANCE = {"wall_time_s", "device", "plan", "worker", "fedsweep_version", "torch_version", "finished_at"}
 
 Request = dict[str, Any]
 
@@ -407,7 +408,7 @@ def test_a_result_that_is_refused_for_good_is_set_aside_and_the_worker_goes_on(m
 
 
 def test_without_a_spool_the_result_is_sent_until_it_arrives(make_manager, work, state_dir, monkeypatch, caplog):
-    monkeypatch.setattr(task_module, "AWAY_PAUSE_S", 0.01)
+    monkeypatch.setattr(held_module, "AWAY_PAUSE_S", 0.01)
 
     def disk_full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -448,10 +449,11 @@ REASONS = [
 
 @pytest.mark.parametrize(("error", "first", "last"), REASONS)
 def test_what_the_code_raises_is_the_reason(make_manager, work, monkeypatch, error, first, last):
-    def fail(*_: object, **__: object) -> None:
-        raise error
+    class Failing(LoopTrainer):
+        def train(self, *_: object) -> torch.Tensor:
+            raise error
 
-    monkeypatch.setattr(task_module, "run_single_experiment", fail)
+    monkeypatch.setattr(cohort_run, "choose_trainer", lambda experiments, data, *_, **__: Failing(experiments[0], data))
     manager = make_manager({"task_id": "bad_0_1"})
     assert work(manager) == 0
     (failure,) = manager.all("task_failed")
@@ -558,9 +560,10 @@ def test_a_log_name_stays_in_its_folder(task_id, name):
 WORKER = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-from fedsweep.worker import device, worker_loop
+from fedsweep.worker import device
+from fedsweep.worker.worker import leave_process, worker_loop
 device._only_visible = lambda gpu_id: device.Device("cpu", gpu_id)
-sys.exit(worker_loop(sys.argv[1], sys.argv[2], state_dir=sys.argv[3], lock_dir=sys.argv[4]))
+leave_process(worker_loop(sys.argv[1], sys.argv[2], state_dir=sys.argv[3], lock_dir=sys.argv[4]))
 """
 
 
