@@ -22,7 +22,7 @@ from fedsweep.manager.status import StatusReporter, brief
 log = logging.getLogger(__name__)
 
 LEGACY_LEASE_S = 6 * 3600.0  # old clients send no heartbeats
-MAX_HAND_OUT = 256  # tasks in one answer; each takes about 1.7 kB of it, more where it has many or long output folders
+MAX_HAND_OUT = 256  # tasks in one answer; each takes about 1.1 kB of it, more where its output folders are many or long
 ENVELOPE = 256  # bytes of an answer besides its tasks
 LONGEST_WAIT_S = 5.0
 
