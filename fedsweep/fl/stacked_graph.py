@@ -152,8 +152,7 @@ class TileProgram:
         kept = torch.where(max_norm.isinf(), torch.ones_like(norm), (max_norm / (norm + 1e-6)).clamp(max=1))
         velocity = self._velocity * momentum + (gradient * kept).addcmul_(self._weights, weight_decay)
         weights = torch.addcmul(self._weights, velocity, lr, value=-1)
-        if active is not None:
-            velocity = torch.where(active, velocity, self._velocity)
+        if active is not None:  # a lane that has ended stays so: its velocity no longer matters
             weights = torch.where(active, weights, self._weights)
         self._velocity.copy_(velocity)
         self._weights.copy_(weights)

@@ -138,7 +138,7 @@ class FeatureMajor:
 
     def by_lane(self, activations: Tensor, lanes: int) -> Tensor:
         """See `_Layout`."""
-        return activations.contiguous().view(*activations.shape[:3], -1)
+        return activations.reshape(*activations.shape[:3], -1)
 
     def from_lanes(self, by_lane: Tensor, like: Tensor) -> Tensor:
         """See `_Layout`."""
@@ -175,7 +175,7 @@ class ChannelStacked:
     def by_lane(self, activations: Tensor, lanes: int) -> Tensor:
         """See `_Layout`."""
         batch, channels = activations.shape[:2]
-        return activations.contiguous().view(batch, lanes, channels // lanes, -1).permute(1, 2, 0, 3)
+        return activations.reshape(batch, lanes, channels // lanes, -1).permute(1, 2, 0, 3)
 
     def from_lanes(self, by_lane: Tensor, like: Tensor) -> Tensor:
         """See `_Layout`."""
