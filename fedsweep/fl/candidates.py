@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 
 from fedsweep.fl.data import ImageData
 from fedsweep.fl.lanes import ModelShape, Trainer
 from fedsweep.fl.loop import LoopTrainer
 from fedsweep.fl.native import NativeTrainer, lane_counts
+from fedsweep.fl.stacked import StackedTrainer, plan_name
+from fedsweep.fl.stacked_model import Kernel
 from fedsweep.plan.experiment import Experiment
+
+GPU_WORKS = (1, 8)  # clients of one tile, on a GPU
 
 
 def candidates(
@@ -28,8 +33,25 @@ def candidates(
     if library is not None and not data.train_images.is_cuda:
         for count in reversed(_worth_trying(example, data, library, lanes)):
             found[f"native x{count}"] = _native(example, data, library, threads, count)
+    if data.train_images.is_cuda:
+        for works in GPU_WORKS:
+            found |= _stacked(example, data, threads, lanes, works)
+    elif not found:
+        found |= _stacked(example, data, threads, lanes, works=1)
     found["loop"] = lambda: LoopTrainer(example, data, threads)
     return found
+
+
+def _stacked(
+    example: Experiment, data: ImageData, threads: int, lanes: int, works: int
+) -> dict[str, Callable[[], Trainer]]:
+    """All lanes of some works as one program; a multilayer perceptron has no convolution to choose."""
+    kernels: tuple[Kernel, ...] = ("grouped", "unfold") if example.model_type == "cnn" else ("grouped",)
+    made: dict[str, Callable[[], Trainer]] = {}
+    for kernel in kernels:
+        make = partial(StackedTrainer, example, data, kernel=kernel, lanes=lanes, works=works, threads=threads)
+        made[plan_name(kernel, lanes, works)] = make
+    return made
 
 
 def _worth_trying(example: Experiment, data: ImageData, library: ctypes.CDLL, lanes: int) -> list[int]:

@@ -37,6 +37,12 @@ Precision = Literal["float32", "tf32", "bf16"]
 APPLIED = 128  # images at once where models are only applied
 
 
+def plan_name(kernel: Kernel, lanes: int, works: int = 1, precision: Precision = "float32") -> str:
+    """What the plan of such a trainer is called."""
+    size = f"x{lanes}" if works == 1 else f"{works}x{lanes}"
+    return f"stacked {kernel} {size}" + ("" if precision == "float32" else f" {precision}")
+
+
 class StackedTrainer:
     """Trains tiles of `works` clients with `lanes` experiments each, every tile as one program.
 
@@ -72,8 +78,7 @@ class StackedTrainer:
         self.data = data
         self.shape = ModelShape.of(example, data)
         self.uses_graphs: bool | None = None
-        size = f"x{lanes}" if works == 1 else f"{works}x{lanes}"
-        self.plan = f"stacked {kernel} {size}" + ("" if precision == "float32" else f" {precision}")
+        self.plan = plan_name(kernel, lanes, works, precision)
         self._batch_size = example.batch_size
         self._precision: Precision = precision
         self._static = data.train_images.is_cuda or works > 1 if static is None else static
