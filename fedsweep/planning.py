@@ -19,7 +19,9 @@ from fedsweep.plan.grid import Grid, PlannedTask, expand
 from fedsweep.report.display import duration
 
 if TYPE_CHECKING:
-    from fedsweep.worker.probe import Estimate
+    from fedsweep.worker.probe import CohortEstimate, Estimate
+
+SHOWN = 20  # cohorts in the table
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,12 @@ def _estimate(tasks: Sequence[PlannedTask], data_dir: Path | None, device: str, 
 
     console = Console(stderr=True, quiet=quiet)
     with console.status("timing a few training steps …"):
-        return probe([task.experiment for task in tasks], data_dir=data_dir, device=device)
+        return probe(
+            [task.experiment for task in tasks],
+            data_dir=data_dir,
+            device=device,
+            engines=[task.options.engine for task in tasks],
+        )
 
 
 def show_plan(plan: Plan, *, as_json: bool = False) -> None:
@@ -100,7 +107,9 @@ def show_plan(plan: Plan, *, as_json: bool = False) -> None:
     waiting = plan.unique - plan.complete
     console.print(f"\n{waiting} of {plan.unique} distinct experiments are still to be run.")
     if plan.estimate is not None:
-        for line in _estimate_lines(plan.estimate, waiting):
+        if plan.estimate.cohorts:
+            console.print(_cohort_table(plan.estimate.cohorts))
+        for line in _estimate_lines(plan.estimate):
             console.print(line)
 
 
@@ -108,10 +117,30 @@ def _as_json(plan: Plan) -> dict[str, Any]:
     return asdict(plan)
 
 
-def _estimate_lines(estimate: Estimate, waiting: int) -> list[str]:
+def _cohort_table(cohorts: Sequence[CohortEstimate]) -> Table:
+    table = Table(box=None, header_style="bold")
+    table.add_column("trained together")
+    for name in ("experiments", "plan", "seconds each", "memory"):
+        table.add_column(name, justify="right")
+    for each in cohorts[:SHOWN]:
+        plan, seconds = each.plan or "not timed", f"{each.seconds_per_experiment:.3g}"
+        table.add_row(each.name, str(each.experiments), plan, seconds, _megabytes(each.memory_bytes))
+    if len(cohorts) > SHOWN:
+        table.add_row(f"and {len(cohorts) - SHOWN} more", str(sum(each.experiments for each in cohorts[SHOWN:])))
+    return table
+
+
+def _estimate_lines(estimate: Estimate) -> list[str]:
     lines = []
-    if estimate.seconds is not None:
-        per_hour = waiting / estimate.seconds * 3600
-        rate = f"{per_hour:,.0f} experiments per hour on one worker ({estimate.device})"
+    if estimate.seconds is not None and estimate.experiments_per_hour is not None:
+        where = f"one worker ({estimate.device}"
+        where += f", {estimate.threads} thread{'s' * (estimate.threads > 1)})" if estimate.device == "cpu" else ")"
+        rate = f"{estimate.experiments_per_hour:,.0f} experiments per hour on {where}"
         lines.append(f"About {duration(estimate.seconds)}, {rate}; early stopping may make it less.")
+    if estimate.memory_bytes is not None:
+        lines.append(f"A worker takes about {_megabytes(estimate.memory_bytes)} of memory.")
     return [*lines, *estimate.notes]
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"

@@ -1,29 +1,45 @@
-"""What a sweep will cost: a few real training steps of each shape, scaled to the whole."""
+"""What a sweep will cost: real training with the plan that each cohort would get, scaled to all of its rounds."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import psutil
 
 from fedsweep.datasets import load_global_dataset
 from fedsweep.errors import DataError
 from fedsweep.fl.aggregate import AGGREGATORS
 from fedsweep.fl.data import ImageData
-from fedsweep.fl.evaluate import BATCH_SIZE, evaluate_model
-from fedsweep.fl.federation import form_federation, participants
-from fedsweep.fl.reference import ClientDataloader, ClientJob, initial_model, train_one_client
+from fedsweep.fl.federation import divide, division_key, epoch_orders, poisoned_federation
+from fedsweep.fl.lanes import Trainer
+from fedsweep.fl.loop import LoopTrainer
+from fedsweep.plan.cohort import cohort_key, forward_cost, sharing_key
 from fedsweep.plan.experiment import Experiment
+from fedsweep.worker.cpus import available_cpus
 from fedsweep.worker.device import claim_device, prepare_torch
+from fedsweep.worker.plans import choose_trainer, sharing
+from fedsweep.worker.room import bytes_per_experiment, free_memory, how_many_fit
+from fedsweep.worker.runner import REFERENCE_PLAN
+from fedsweep.worker.timing import Amounts, affordable_piece, median_of
 
 BUDGET_S = 10.0
-SHAPE_S = 0.3  # for one shape, about
-MOST_STEPS = 30
-AGGREGATED = 4  # clients whose aggregation is timed
+PIECE_S = 0.05  # what is timed, for one cohort, about; it is trained four times
+TIMES = 3
+
+
+@dataclass(frozen=True)
+class CohortEstimate:
+    """What the experiments of one cohort will cost."""
+
+    name: str  # as in `mnist cnn w4 d2 batch 32, 10 clients, 1 epoch`
+    experiments: int
+    plan: str | None  # which kernels; None where it was not timed itself
+    seconds_per_experiment: float  # the mean
+    memory_bytes: int  # of those that train together, besides the process and its data
 
 
 @dataclass(frozen=True)
@@ -32,32 +48,44 @@ class Estimate:
 
     seconds: float | None  # of all together; None where nothing could be timed
     device: str
-    seconds_per_experiment: dict[str, float]  # the mean for each shape, as in `mnist cnn w4 d2 batch 32`
+    seconds_per_experiment: dict[str, float]  # the mean for each cohort, by its name
     notes: tuple[str, ...]  # what was left out or not timed itself, and why
+    experiments_per_hour: float | None = None
+    memory_bytes: int | None = None  # of the worker, at its largest
+    threads: int = 1
+    cohorts: tuple[CohortEstimate, ...] = ()  # the one with the most work first
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What decides the time of a training step."""
+class Group:
+    """The experiments of one cohort."""
 
-    dataset: str
-    model_type: str
-    width_factor: int
-    depth: int
-    batch_size: int
+    experiments: tuple[Experiment, ...]
+    engine: str
+
+    @property
+    def example(self) -> Experiment:
+        """One of them."""
+        return self.experiments[0]
 
     def __str__(self) -> str:
-        return f"{self.dataset} {self.model_type} w{self.width_factor} d{self.depth} batch {self.batch_size}"
+        it = self.example
+        engine = "" if self.engine == "batched" else f", {self.engine}"
+        epochs = f"{it.local_epochs} epoch{'s' * (it.local_epochs > 1)}"
+        shape = f"{it.dataset} {it.model_type} w{it.width_factor} d{it.depth} batch {it.batch_size}"
+        return f"{shape}, {it.num_clients} clients, {epochs}{engine}"
 
 
 @dataclass(frozen=True)
 class Cost:
     """Seconds of the pieces that an experiment is made of."""
 
-    setup: float  # once
-    client: float  # each time that a client trains, besides its steps
-    step: float  # one training step with a full batch
-    image: float  # evaluating one image
+    division: float  # dividing the training set, once for all that divide it alike
+    setup: float  # once for an experiment
+    order: float  # drawing the order of a client's images for a round, once for all that share it
+    aggregation: float  # in each round
+    trained: float  # one image, each time that it is trained on
+    evaluated: float  # one image, each time that it is evaluated
 
 
 def probe(
@@ -65,48 +93,53 @@ def probe(
     data_dir: str | Path | None = None,
     device: str = "auto",
     budget_s: float = BUDGET_S,
+    *,
+    engines: Sequence[str] | None = None,
+    threads: int | None = None,
 ) -> Estimate:
-    """Estimate the time of experiments on one worker, by timing a few steps of the reference engine for each shape.
+    """Estimate the time of experiments on one worker, by training a little with the plan that each cohort would get.
 
-    The shapes with the most work are timed first. Those that the budget leaves no time for are estimated from the most
-    similar one by their multiply-adds, and a note says so. A data set that cannot be had leaves its experiments out.
+    The cohorts with the most work are timed first. Those that the budget leaves no time for are estimated from the most
+    similar one by their arithmetic, and a note says so. A data set that cannot be had leaves its experiments out.
+
+    Args:
+        experiments: what is to be run.
+        data_dir: folder with the official files.
+        device: `auto`, `cpu` or `cuda:N`.
+        budget_s: after so many seconds no other cohort is timed.
+        engines: of each experiment; `batched` if not given.
+        threads: of the worker; as many as there are CPUs if not given.
     """
+    threads = threads or available_cpus()
     claimed = claim_device(device)
     try:
         prepare_torch()
         data, notes = _load(experiments, data_dir, claimed.torch_name)
-        groups: dict[Shape, list[Experiment]] = {}
-        for experiment in experiments:
-            if experiment.dataset in data:
-                groups.setdefault(shape_of(experiment), []).append(experiment)
-        costs, timed = _costs(groups, data, budget_s)
+        groups = _groups(experiments, engines or ["batched"] * len(experiments), data)
+        costs, plans = _costs(groups, data, threads, budget_s)
+        cohorts = tuple(
+            _estimated(group, data[group.example.dataset], costs[name], plans.get(name), claimed.torch_name)
+            for name, group in groups.items()
+        )
     finally:
         claimed.release()
-    if timed < len(groups):
+    if len(plans) < len(groups):
         notes.append(
-            f"{timed} of {len(groups)} shapes were timed, in {budget_s:g} s; the others are estimated from them by "
-            "their multiply-adds."
+            f"{len(plans)} of {len(groups)} shapes were timed, in {budget_s:g} s; the others are estimated from them "
+            "by their arithmetic."
         )
-    totals = {
-        shape: sum(seconds_of(each, data[shape.dataset], costs[shape]) for each in members)
-        for shape, members in groups.items()
-    }
+    seconds = sum(each.experiments * each.seconds_per_experiment for each in cohorts) if cohorts else None
     return Estimate(
-        seconds=sum(totals.values()) if totals else None,
+        seconds=seconds,
         device=claimed.torch_name,
-        seconds_per_experiment={str(shape): total / len(groups[shape]) for shape, total in totals.items()},
+        seconds_per_experiment={each.name: each.seconds_per_experiment for each in cohorts},
         notes=tuple(notes),
-    )
-
-
-def shape_of(experiment: Experiment) -> Shape:
-    """The shape of an experiment."""
-    return Shape(
-        experiment.dataset,
-        experiment.model_type,
-        experiment.width_factor,
-        experiment.depth,
-        experiment.batch_size,
+        experiments_per_hour=sum(each.experiments for each in cohorts) / seconds * 3600 if seconds else None,
+        memory_bytes=_base_memory(data, claimed.torch_name) + max(each.memory_bytes for each in cohorts)
+        if cohorts
+        else None,
+        threads=threads,
+        cohorts=cohorts,
     )
 
 
@@ -124,132 +157,150 @@ def _load(
     return data, notes
 
 
+def _groups(
+    experiments: Sequence[Experiment], engines: Sequence[str], data: Mapping[str, ImageData]
+) -> dict[str, Group]:
+    """The experiments by what they can train with, the most work first. Those of the reference engine by their like."""
+    found: dict[tuple[str, str], list[Experiment]] = {}
+    for experiment, engine in zip(experiments, engines, strict=True):
+        if experiment.dataset in data:
+            found.setdefault((cohort_key(experiment), engine), []).append(experiment)
+    groups = [Group(tuple(members), engine) for (_, engine), members in found.items()]
+    groups.sort(key=lambda group: -_work(group, data[group.example.dataset]))
+    return {str(group): group for group in groups}
+
+
 # ---- from pieces to the whole
 
 
-def seconds_of(experiment: Experiment, data: ImageData, cost: Cost) -> float:
-    """The time of an experiment that makes all its rounds."""
-    clients = len(participants(experiment, 1))
-    validation = len(data.train_labels) * experiment.validation_split
-    samples = (len(data.train_labels) - validation) * clients / experiment.num_clients
-    # The last batch of each client is half full on average, and takes nearly as long as a full one.
-    steps = experiment.local_epochs * (samples / experiment.batch_size + clients / 2)
-    a_round = clients * cost.client + steps * cost.step + validation * cost.image
-    return cost.setup + experiment.global_rounds * a_round + len(data.test_labels) * cost.image
+def seconds_of(group: Group, data: ImageData, cost: Cost) -> float:
+    """The time of a cohort whose experiments make all their rounds."""
+    seconds = cost.division * len({division_key(each) for each in group.experiments})
+    for experiment in group.experiments:
+        amounts = Amounts.of(experiment, data)
+        trained = amounts.clients * experiment.local_epochs * amounts.images
+        a_round = trained * cost.trained + amounts.validation * cost.evaluated + cost.aggregation
+        seconds += cost.setup + experiment.global_rounds * a_round + len(data.test_labels) * cost.evaluated
+    longest: dict[str, int] = {}
+    for experiment in group.experiments:
+        key = sharing_key(experiment)
+        longest[key] = max(longest.get(key, 0), experiment.global_rounds * Amounts.of(experiment, data).clients)
+    return seconds + cost.order * sum(longest.values())
 
 
-def multiply_adds(shape: Shape, data: ImageData) -> int:
-    """Multiplications of weights and activations for one image, forward."""
-    total, side = 0, data.img_size
-    features = data.in_channels if shape.model_type == "cnn" else data.in_channels * side**2
-    for block in range(1, shape.depth + 1):
-        total += features * shape.width_factor * (9 * side**2 if shape.model_type == "cnn" else 1)
-        features = shape.width_factor
-        if block % 2 == 0 and side > 1:  # a CNN's pooling
-            side //= 2
-    return total + features * (side**2 if shape.model_type == "cnn" else 1) * data.num_classes
-
-
-def _costs(
-    groups: dict[Shape, list[Experiment]], data: dict[str, ImageData], budget_s: float
-) -> tuple[dict[Shape, Cost], int]:
-    """The cost of each shape, and how many were timed themselves (at least one)."""
-
-    def work(shape: Shape) -> float:
-        return multiply_adds(shape, data[shape.dataset]) * len(groups[shape])
-
-    costs: dict[Shape, Cost] = {}
-    deadline = time.monotonic() + budget_s
-    by_work = sorted(groups, key=work, reverse=True)
-    for shape in by_work:
-        if costs and time.monotonic() > deadline:
-            break
-        costs[shape] = measure(groups[shape][0], data[shape.dataset])
-    timed = list(costs)
-    for shape in by_work[len(timed) :]:
-        nearest = min(timed, key=lambda other: _difference(shape, other, data))
-        costs[shape] = _scaled(costs[nearest], shape, nearest, data)
-    return costs, len(timed)
-
-
-def _difference(shape: Shape, other: Shape, data: dict[str, ImageData]) -> tuple[bool, bool, float]:
-    """How little two shapes have in common: the kind of model, the data set, the size."""
-    ratio = multiply_adds(shape, data[shape.dataset]) / multiply_adds(other, data[other.dataset])
-    return shape.model_type != other.model_type, shape.dataset != other.dataset, abs(math.log(ratio))
-
-
-def _scaled(cost: Cost, shape: Shape, timed: Shape, data: dict[str, ImageData]) -> Cost:
-    per_image = multiply_adds(shape, data[shape.dataset]) / multiply_adds(timed, data[timed.dataset])
-    per_step = per_image * shape.batch_size / timed.batch_size
-    return Cost(cost.setup, cost.client, cost.step * per_step, cost.image * per_image)
-
-
-# ---- timing one shape
-
-
-def measure(experiment: Experiment, data: ImageData, seconds: float = SHAPE_S) -> Cost:
-    """Time the pieces of an experiment, in about so many seconds."""
-    deadline = time.monotonic() + seconds
-    full = min(experiment.batch_size, len(data.train_labels))
-    model = initial_model(experiment, data).to(data.train_images.device)
-
-    def train(images: int, steps: int) -> float:
-        order = torch.arange(images, device=data.train_images.device)
-        loader = ClientDataloader(data.train_images[:images], data.train_labels[:images], [order] * steps, images)
-        return _timed(lambda: train_one_client(ClientJob(experiment, model, loader)), data)
-
-    def evaluate(images: int) -> float:
-        return _timed(lambda: evaluate_model(model, data.test_images[:images], data.test_labels[:images]), data)
-
-    one_step = _at(full, _growing(lambda images: train(images, 1), full, deadline - seconds / 2))
-    steps = min(MOST_STEPS, int((deadline - time.monotonic()) / 2 / one_step))
-    step = min(one_step, train(full, steps) / steps) if steps > 1 else one_step
-    shown = min(len(data.test_labels), BATCH_SIZE)
-    # Dividing equally, which never has to be drawn again, costs what any division does.
-    whole = experiment.model_copy(update={"partition": "iid"})
-    return Cost(
-        setup=_timed(lambda: form_federation(whole, data), data),
-        client=one_step - step + _aggregation(experiment, model, data),
-        step=step,
-        image=_at(shown, _growing(evaluate, shown, deadline)) / shown,
+def _estimated(group: Group, data: ImageData, cost: Cost, plan: str | None, device: str) -> CohortEstimate:
+    count = len(group.experiments)
+    together = 1 if group.engine == "reference" else min(count, how_many_fit(group.example, data, free_memory(device)))
+    return CohortEstimate(
+        name=str(group),
+        experiments=count,
+        plan=plan,
+        seconds_per_experiment=seconds_of(group, data, cost) / count,
+        memory_bytes=together * bytes_per_experiment(group.example, data),
     )
 
 
-def _growing(run: Callable[[int], float], most: int, deadline: float) -> list[tuple[int, float]]:
-    """Time `run` with 2, 8, 32, … up to `most` images until the time is up; each (images, seconds)."""
-    timed: list[tuple[int, float]] = []
-    images = min(2, most)
-    while True:
-        run(images)  # what runs for the first time is slow
-        timed.append((images, min(run(images), run(images))))
-        if images == most:
-            return timed
-        images = min(4 * images, most)
-        # Of a small step most is overhead, so one time alone says little of larger ones.
-        expected = _at(images, timed) if len(timed) > 1 else 2 * timed[0][1]
-        is_late = time.monotonic() + 3 * expected > deadline
-        if is_late and (len(timed) > 1 or expected > SHAPE_S / 3):
-            return timed
+def _base_memory(data: Mapping[str, ImageData], device: str) -> int:
+    """Bytes that a worker takes besides what it trains: of the GPU its data, of the CPU this process as it is now."""
+    if device.startswith("cuda"):
+        images = [tensor for each in data.values() for tensor in (each.train_images, each.test_images)]
+        return sum(tensor.nbytes for tensor in images)
+    return int(psutil.Process().memory_info().rss)
 
 
-def _at(images: int, timed: Sequence[tuple[int, float]]) -> float:
-    """Seconds for so many images, on the line through the last two times; through none if there is but one."""
-    (first, first_s), (last, last_s) = timed[-2:] if len(timed) > 1 else ((0, 0.0), timed[0])
-    return last_s + max(0.0, last_s - first_s) / (last - first) * (images - last)
+def arithmetic(experiment: Experiment, data: ImageData) -> float:
+    """What one image costs forward, for comparing."""
+    return forward_cost(
+        experiment.model_type,
+        experiment.width_factor,
+        experiment.depth,
+        in_channels=data.in_channels,
+        img_size=data.img_size,
+        num_classes=data.num_classes,
+    )
 
 
-def _aggregation(experiment: Experiment, model: torch.nn.Module, data: ImageData) -> float:
-    """Seconds that one client adds to the aggregation."""
-    weights = [model.state_dict()] * AGGREGATED
-    return _timed(lambda: AGGREGATORS[experiment.aggregator](weights, [1] * AGGREGATED), data) / AGGREGATED
+def _work(group: Group, data: ImageData) -> float:
+    rounds = sum(experiment.global_rounds for experiment in group.experiments)
+    return arithmetic(group.example, data) * rounds * group.example.local_epochs * len(data.train_labels)
 
 
-def _timed(work: Callable[[], object], data: ImageData) -> float:
-    on_gpu = data.train_images.is_cuda
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def _costs(
+    groups: Mapping[str, Group], data: Mapping[str, ImageData], threads: int, budget_s: float
+) -> tuple[dict[str, Cost], dict[str, str]]:
+    """The cost of each cohort, and the plans of those that were timed themselves (at least one)."""
+    costs: dict[str, Cost] = {}
+    plans: dict[str, str] = {}
+    deadline = time.monotonic() + budget_s
+    for name, group in groups.items():
+        if costs and time.monotonic() > deadline:
+            break
+        costs[name], plans[name] = measure(group, data[group.example.dataset], threads)
+    for name, group in groups.items():
+        if name not in plans:
+            nearest = min(plans, key=lambda other: _difference(group, groups[other], data))
+            costs[name] = _scaled(costs[nearest], group, groups[nearest], data)
+    return costs, plans
+
+
+def _ratio(group: Group, other: Group, data: Mapping[str, ImageData]) -> float:
+    first, second = (arithmetic(each.example, data[each.example.dataset]) for each in (group, other))
+    return first / second
+
+
+def _difference(group: Group, other: Group, data: Mapping[str, ImageData]) -> tuple[bool, bool, bool, float]:
+    """How little two cohorts have in common: the engine, the kind of model, the data set, the size."""
+    it, that = group.example, other.example
+    return (
+        group.engine != other.engine,
+        it.model_type != that.model_type,
+        it.dataset != that.dataset,
+        abs(math.log(_ratio(group, other, data))),
+    )
+
+
+def _scaled(cost: Cost, group: Group, timed: Group, data: Mapping[str, ImageData]) -> Cost:
+    ratio = _ratio(group, timed, data)
+    return replace(cost, trained=cost.trained * ratio, evaluated=cost.evaluated * ratio)
+
+
+# ---- timing one cohort
+
+
+def measure(group: Group, data: ImageData, threads: int) -> tuple[Cost, str]:
+    """Time the pieces of a cohort's experiments; with the name of the plan that trained them."""
+    example = group.example
+    trainer: Trainer
+    if group.engine == "reference":
+        trainer, plan, lanes, threads = LoopTrainer(example, data), REFERENCE_PLAN, 1, 1
+    else:
+        trainer = choose_trainer(group.experiments, data, threads)
+        plan, lanes = trainer.plan, sharing(group.experiments)
+    piece = affordable_piece(trainer, example, data, lanes=lanes, threads=threads, seconds=PIECE_S)
+    shown = data.test_images[: max(1, len(piece.validation))]
+
+    def train() -> None:
+        trainer.train(piece.inputs, piece.works, len(piece.works))
+
+    def evaluate() -> None:
+        trainer.logits(piece.inputs.weights, shown)
+
+    def aggregate() -> None:
+        states = [{"weights": piece.inputs.weights}] * Amounts.of(example, data).clients
+        AGGREGATORS[example.aggregator](states, [1] * len(states))["weights"].isfinite().all()
+
+    train()  # what runs for the first time is slow
+    evaluate()
+    # Dividing equally, which never has to be drawn again, costs what any division does.
+    whole = example.model_copy(update={"partition": "iid"})
+    division = divide(whole, data)
+    poisoned = poisoned_federation(whole, data, division).poisoning.poisoned[division.clients[0]]
+    cost = Cost(
+        division=median_of(1, lambda: divide(whole, data), data),
+        setup=median_of(1, lambda: poisoned_federation(whole, data, division), data),
+        order=median_of(TIMES, lambda: epoch_orders(example, poisoned, 1, 0), data),
+        aggregation=median_of(TIMES, aggregate, data) / piece.lanes,
+        trained=median_of(TIMES, train, data) / piece.lane_images,
+        evaluated=median_of(TIMES, evaluate, data) / (piece.lanes * len(shown)),
+    )
+    return cost, plan
