@@ -20,7 +20,7 @@ from fedsweep.worker.delivery import deliver_spool, give_back, last_words
 from fedsweep.worker.device import claim_device, device_name, prepare_torch
 from fedsweep.worker.gpu import LOCK_DIR
 from fedsweep.worker.room import MOST_TOGETHER
-from fedsweep.worker.station import Station
+from fedsweep.worker.station import CHECKPOINT_S, Station
 from fedsweep.worker.stopping import StopSignals
 from fedsweep.worker.task import run_tasks
 
@@ -43,6 +43,7 @@ def worker_loop(
     threads: int | None = None,
     lock_dir: str | Path = LOCK_DIR,
     patience_s: float = PATIENCE_S,
+    checkpoint_s: float = CHECKPOINT_S,
 ) -> int:
     """Run tasks until the manager says that all is done, or until SIGTERM or SIGINT.
 
@@ -59,6 +60,7 @@ def worker_loop(
         threads: that train at the same time, on a CPU; as many as there are CPUs if not given. They change no row.
         lock_dir: where the GPU locks are.
         patience_s: how long to try a manager that has never answered.
+        checkpoint_s: seconds of training that are lost at most when the worker is killed, besides the round under way.
 
     Returns:
         The exit status: 0 at the end of the sweep or when asked to stop, 1 if no manager ever answered.
@@ -78,6 +80,7 @@ def worker_loop(
         data_dir=data_dir,
         threads=threads or available_cpus(),
         checkpoint_dir=Path(state_dir) / "checkpoints",
+        checkpoint_s=checkpoint_s,
     )
     loop = _Loop(station, Path(token_file or Path(state_dir) / "token"), give_up_at=time.monotonic() + patience_s)
     log.info("worker %s on %s asks %s", station.worker_id, device_name(claimed.torch_name), manager)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import signal
-import socket
-import socketserver
 import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,6 @@ import torch
 import fedsweep.worker
 from fedsweep.errors import PartitionError, Preempted, UsageError
 from fedsweep.fl.loop import LoopTrainer
-from fedsweep.manager.protocol import decode, encode, parse_request
 from fedsweep.worker import cohort_run, gpu, run_single_experiment, spool, stopping, worker_loop
 from fedsweep.worker import held as held_module
 from fedsweep.worker.task_log import log_name
@@ -35,153 +30,11 @@ LONG = SHORT | {"global_rounds": 100_000, "early_stopping_patience": None}
 PROVENANCE = {"wall_time_s", "device", "plan", "worker", "fedsweep_version", "torch_version", "finished_at"}
 
 Request = dict[str, Any]
-
-
-class FakeManager:
-    """Hands out the tasks given, takes results, and writes down every request. It stops and starts as a test asks."""
-
-    def __init__(self, output_dir: Path, tasks: list[dict[str, Any]]) -> None:
-        self.output_dir = output_dir
-        self.waiting = deque(tasks)
-        self.requests: list[Request] = []
-        self.results: dict[str, Request] = {}
-        self.drop: list[str] = []
-        self.refusals: dict[str, list[str]] = {}  # request type -> error codes to answer, one after another
-        self.lost_acks = 0  # results that are taken, but not acknowledged: the connection breaks
-        self.waits: list[float] = []  # answers "wait" as often before it says that all is done
-        self.before: Callable[[Request], None] = lambda _: None  # called with each request before it is answered
-        self.token = TOKEN
-        self.port = 0
-        self.server: socketserver.ThreadingTCPServer | None = None
-        self.connections: set[socket.socket] = set()
-
-    def start(self) -> FakeManager:
-        manager = self
-
-        class Handler(socketserver.StreamRequestHandler):
-            def handle(self) -> None:
-                manager.connections.add(self.request)
-                try:
-                    for line in self.rfile:
-                        answer = manager.answer(decode(line))
-                        if answer is None:
-                            return
-                        self.wfile.write(encode(answer))
-                except OSError:
-                    return
-                finally:
-                    manager.connections.discard(self.request)
-
-        class Server(socketserver.ThreadingTCPServer):
-            allow_reuse_address = True
-            daemon_threads = True
-            block_on_close = False
-
-        self.server = Server(("127.0.0.1", self.port), Handler)
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def stop(self) -> None:
-        """Go away, with every connection."""
-        if self.server is not None:
-            self.server.shutdown()
-            self.server.server_close()
-        self.server = None
-        for connection in list(self.connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-    def answer(self, message: Request) -> Request | None:
-        parse_request(message)  # what a worker sends is always a valid request
-        self.requests.append(message)
-        self.before(message)
-        if message.get("token") != self.token:
-            return {"type": "error", "code": "unauthorized", "message": "the token is wrong"}
-        if self.refusals.get(message["type"]):
-            return {"type": "error", "code": self.refusals[message["type"]].pop(0), "message": "as the test wants it"}
-        return getattr(self, f"on_{message['type']}")(message)
-
-    def on_request_task(self, message: Request) -> Request:
-        if self.waiting:
-            return {"type": "task", "task": self.as_task(self.waiting.popleft())}
-        if self.waits:
-            return {"type": "no_task", "done": False, "retry_after": self.waits.pop(0)}
-        return {"type": "no_task", "done": True, "retry_after": 0}
-
-    def as_task(self, given: dict[str, Any]) -> dict[str, Any]:
-        task = {
-            "task_id": "phase_0_1",
-            "phase": "phase",
-            "seed": 1,
-            "attempt": 7,
-            "heartbeat_s": 60.0,
-            "lease_s": 120.0,
-        }
-        return task | {"output_dir": str(self.output_dir), "config": SHORT} | given
-
-    def on_submit_result(self, message: Request) -> Request | None:
-        status = "duplicate" if message["task_id"] in self.results else "accepted"
-        self.results.setdefault(message["task_id"], message["result_data"])
-        if self.lost_acks:
-            self.lost_acks -= 1
-            return None
-        return {"type": "ack", "status": status}
-
-    def on_heartbeat(self, message: Request) -> Request:
-        return {"type": "ack", "drop": self.drop}
-
-    def on_task_failed(self, message: Request) -> Request:
-        return {"type": "ack"}
-
-    on_release = on_task_failed
-
-    def types(self) -> list[str]:
-        return [request["type"] for request in self.requests]
-
-    def all(self, kind: str) -> list[Request]:
-        return [request for request in list(self.requests) if request["type"] == kind]
-
-
-@pytest.fixture
-def make_manager(tmp_path: Path) -> Iterator[Callable[..., FakeManager]]:
-    made: list[FakeManager] = []
-
-    def make(*tasks: dict[str, Any]) -> FakeManager:
-        made.append(FakeManager(tmp_path / "out", list(tasks)))
-        return made[-1].start()
-
-    yield make
-    for each in made:
-        each.stop()
-
-
-@pytest.fixture
-def state_dir(tmp_path: Path) -> Path:
-    folder = tmp_path / "state"
-    folder.mkdir()
-    (folder / "token").write_text(TOKEN + "\n")
-    return folder
-
-
-@pytest.fixture
-def work(state_dir: Path) -> Callable[..., int]:
-    """Run a worker in this process until it ends; its exit status."""
-
-    def work(manager: FakeManager, **options: Any) -> int:
-        return worker_loop(f"127.0.0.1:{manager.port}", "cpu", state_dir=state_dir, **options)
-
-    return work
+FakeManager = Any  # see conftest.py
 
 
 def science(result: Request) -> Request:
     return {name: value for name, value in result.items() if name not in PROVENANCE}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(condition: Callable[[], object], what: str, timeout_s: float = 30.0) -> None:
@@ -263,9 +116,9 @@ def test_a_manager_that_goes_away_while_we_wait_is_waited_for(make_manager, work
     assert list(manager.results) == ["a_0_1"]
 
 
-def test_a_manager_that_never_answers_is_given_up_in_the_end(work, caplog, tmp_path):
-    nobody = FakeManager(tmp_path, [])
-    nobody.port = free_port()
+def test_a_manager_that_never_answers_is_given_up_in_the_end(make_manager, work, caplog):
+    nobody = make_manager()
+    nobody.stop()
     assert work(nobody, patience_s=0.3) == 1
     assert f"no manager has ever answered at 127.0.0.1:{nobody.port}; giving up" in caplog.text
 
