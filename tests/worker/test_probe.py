@@ -11,9 +11,11 @@ import torch
 from fedsweep.fl.data import ImageData
 from fedsweep.plan.experiment import Experiment
 from fedsweep.worker import probe as probe_module
-from fedsweep.worker.probe import Cost, Estimate, Shape, multiply_adds, probe, seconds_of, shape_of
+from fedsweep.worker.probe import Cost, Group, arithmetic, probe, seconds_of
+from fedsweep.worker.room import bytes_per_experiment
 
 TINY = Experiment(model_type="lr", width_factor=2, depth=0, num_clients=2, global_rounds=1)
+NOTHING = Cost(division=0.0, setup=0.0, order=0.0, aggregation=0.0, trained=0.0, evaluated=0.0)
 
 
 def images(train: int = 100, test: int = 20, channels: int = 1, side: int = 8) -> ImageData:
@@ -28,118 +30,121 @@ def images(train: int = 100, test: int = 20, channels: int = 1, side: int = 8) -
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
-    """The shapes that are timed; each costs a second a step, and nothing else."""
-    shapes: list[Shape] = []
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The cohorts that are timed; each costs a second an image trained on, and nothing else."""
+    names: list[str] = []
 
-    def measure(experiment: Experiment, data: ImageData) -> Cost:
-        shapes.append(shape_of(experiment))
-        return Cost(setup=0.0, client=0.0, step=1.0, image=0.0)
+    def measure(group: Group, data: ImageData, threads: int) -> tuple[Cost, str]:
+        names.append(str(group))
+        return dataclasses.replace(NOTHING, trained=1.0), "loop"
 
     monkeypatch.setattr(probe_module, "measure", measure)
-    return shapes
+    return names
 
 
-def test_the_time_of_an_experiment_by_hand():
-    """1,000 images, 100 of them for validation; half of 10 clients train on 90 each, in 3 rounds of 2 epochs."""
-    experiment = Experiment(
-        num_clients=10, fraction_fit=0.5, batch_size=30, local_epochs=2, global_rounds=3, validation_split=0.1
-    )
-    # A client has 3 batches of an epoch and half a one more on average: 5 x 2 x 3.5 steps a round.
-    expected = 7.0 + 3 * (5 * 0.5 + 35 * 0.01 + 100 * 0.001) + 200 * 0.001
-    cost = Cost(setup=7.0, client=0.5, step=0.01, image=0.001)
-    assert seconds_of(experiment, images(1000, 200), cost) == pytest.approx(expected)
+EXPERIMENT = Experiment(num_clients=10, fraction_fit=0.5, local_epochs=2, global_rounds=3, validation_split=0.1)
+PIECES = [
+    ("division", 1.0),  # for both
+    ("setup", 2.0),
+    ("order", 3.0 * 5),  # 3 rounds of 5 clients, for both
+    ("aggregation", 2 * 3.0),
+    ("trained", 2 * 3.0 * 5 * 2 * 90),  # 3 rounds, 5 clients, 2 epochs, 90 images each
+    ("evaluated", 2 * (3 * 100 + 200.0)),  # 100 of 1,000 images are for validation; 200 are tested on
+]
 
 
-@pytest.mark.parametrize(
-    ("shape", "data", "expected"),
-    [
-        (Shape("", "lr", 4, 0, 32), images(side=28), 784 * 10),
-        (Shape("", "lr", 4, 2, 32), images(side=28), 784 * 4 + 4 * 4 + 4 * 10),
-        (Shape("", "cnn", 8, 0, 32), images(channels=3, side=4), 3 * 16 * 10),
-        (Shape("", "cnn", 8, 1, 32), images(side=28), 9 * 8 * 784 + 8 * 784 * 10),
-        # Pooled after the second block: 28 -> 14.
-        (Shape("", "cnn", 4, 3, 32), images(side=28), 9 * 4 * 784 + 9 * 16 * 784 + 9 * 16 * 196 + 4 * 196 * 10),
-    ],
-)
-def test_multiply_adds_by_hand(shape, data, expected):
-    assert multiply_adds(shape, data) == expected
+@pytest.mark.parametrize(("piece", "seconds"), PIECES)
+def test_the_time_of_a_cohort_by_hand(piece, seconds):
+    """Two experiments that differ in the learning rate alone divide and order their images alike."""
+    pair = Group((EXPERIMENT, EXPERIMENT.model_copy(update={"lr": 0.5})), "batched")
+    cost = dataclasses.replace(NOTHING, **{piece: 1.0})
+    assert seconds_of(pair, images(1000, 200), cost) == pytest.approx(seconds)
 
 
-def test_every_shape_is_timed_once_and_the_whole_is_the_sum(measured):
+def test_experiments_that_share_nothing_divide_and_order_for_themselves():
+    pair = Group((EXPERIMENT, EXPERIMENT.model_copy(update={"seed": 7})), "batched")
+    data = images(1000, 200)
+    assert seconds_of(pair, data, dataclasses.replace(NOTHING, division=1.0)) == 2
+    assert seconds_of(pair, data, dataclasses.replace(NOTHING, order=1.0)) == 2 * 15
+
+
+def test_every_cohort_is_timed_once_and_the_whole_is_the_sum(measured):
     wide = TINY.model_copy(update={"width_factor": 8, "depth": 1})
     experiments = [TINY, wide, TINY.model_copy(update={"seed": 2, "poison_ratio": 0.5, "aggregator": "median"})]
-    estimate = probe(experiments, device="cpu")
-    # Digits: 1,437 training images less a tenth; 2 clients; batches of 32.
-    seconds = 1437 * 0.9 / 32 + 1
-    assert sorted(map(str, measured)) == ["digits lr w2 d0 batch 32", "digits lr w8 d1 batch 32"]
-    assert estimate == Estimate(
-        seconds=pytest.approx(3 * seconds),
-        device="cpu",
-        seconds_per_experiment={
-            "digits lr w2 d0 batch 32": pytest.approx(seconds),
-            "digits lr w8 d1 batch 32": pytest.approx(seconds),
-        },
-        notes=(),
-    )
+    estimate = probe(experiments, device="cpu", threads=3)
+    # Digits: 1,437 training images less a tenth; 2 clients.
+    seconds = 2 * ((1437 - 144) // 2)
+    names = ["digits lr w8 d1 batch 32, 2 clients, 1 epoch", "digits lr w2 d0 batch 32, 2 clients, 1 epoch"]
+    assert sorted(measured) == sorted(names)
+    assert estimate.seconds == pytest.approx(3 * seconds)
+    assert estimate.seconds_per_experiment == {name: pytest.approx(seconds) for name in names}
+    assert estimate.experiments_per_hour == pytest.approx(3600 / seconds)
+    assert (estimate.device, estimate.threads, estimate.notes) == ("cpu", 3, ())
+    assert {each.name: (each.experiments, each.plan) for each in estimate.cohorts} == {
+        names[0]: (1, "loop"),
+        names[1]: (2, "loop"),
+    }
+
+
+def test_what_differs_in_cohort_or_engine_is_timed_for_itself(measured):
+    updates = [{}, {"num_clients": 3}, {"local_epochs": 2}, {"batch_size": 16}, {}]
+    experiments = [TINY.model_copy(update=update) for update in updates]
+    estimate = probe(experiments, device="cpu", engines=["batched"] * 4 + ["reference"])
+    assert len(measured) == len(estimate.cohorts) == 5
+    assert "digits lr w2 d0 batch 32, 2 clients, 1 epoch, reference" in measured
+    assert "digits lr w2 d0 batch 32, 2 clients, 2 epochs" in measured
 
 
 def test_the_most_work_is_timed_first_and_the_rest_follows_from_it(measured):
     small, large = ({"width_factor": width, "depth": 1} for width in (4, 64))
     cnn = {"model_type": "cnn", "width_factor": 64, "depth": 2}
-    estimate = probe([TINY.model_copy(update=update) for update in (small, large, cnn)], device="cpu", budget_s=-1)
-    assert [str(shape) for shape in measured] == ["digits cnn w64 d2 batch 32"]
+    experiments = [TINY.model_copy(update=update) for update in (small, large, cnn)]
+    estimate = probe(experiments, device="cpu", budget_s=-1)
+    assert measured == ["digits cnn w64 d2 batch 32, 2 clients, 1 epoch"]
     assert estimate.notes == (
-        "1 of 3 shapes were timed, in -1 s; the others are estimated from them by their multiply-adds.",
+        "1 of 3 shapes were timed, in -1 s; the others are estimated from them by their arithmetic.",
     )
-    seconds = estimate.seconds_per_experiment
-    ratio = (64 * 4 + 4 * 10) / (64 * 64 + 64 * 10)
-    assert seconds["digits lr w4 d1 batch 32"] == pytest.approx(ratio * seconds["digits lr w64 d1 batch 32"])
-    assert seconds["digits lr w64 d1 batch 32"] < seconds["digits cnn w64 d2 batch 32"] / 10
+    assert [each.plan for each in estimate.cohorts] == ["loop", None, None]
+    seconds = [each.seconds_per_experiment for each in estimate.cohorts]  # the cnn, the large one, the small one
+    ratios = [arithmetic(each, images()) for each in reversed(experiments)]
+    assert seconds[1] / seconds[2] == pytest.approx(ratios[1] / ratios[2])
+    assert seconds[0] / seconds[1] == pytest.approx(ratios[0] / ratios[1])
+    assert seconds[1] < seconds[0] / 10
+
+
+def test_memory_is_that_of_all_that_train_together(measured, monkeypatch):
+    monkeypatch.setattr(probe_module, "_base_memory", lambda *_: 1_000_000)
+    experiments = [TINY.model_copy(update={"seed": seed}) for seed in range(5)]
+    estimate = probe(experiments, device="cpu", threads=1)
+    each = bytes_per_experiment(TINY, images(1437, 360))
+    assert estimate.cohorts[0].memory_bytes == 5 * each
+    assert estimate.memory_bytes == 1_000_000 + 5 * each
+    alone = probe(experiments, device="cpu", threads=1, engines=["reference"] * 5)
+    assert alone.cohorts[0].memory_bytes == each
 
 
 def test_a_data_set_that_cannot_be_had_is_left_out_and_named(tmp_path):
     missing = TINY.model_copy(update={"dataset": "parquet:nowhere"})
     estimate = probe([TINY, missing, missing], tmp_path, "cpu")
     assert estimate.seconds is not None
-    assert list(estimate.seconds_per_experiment) == ["digits lr w2 d0 batch 32"]
+    assert list(estimate.seconds_per_experiment) == ["digits lr w2 d0 batch 32, 2 clients, 1 epoch"]
     (note,) = estimate.notes
     assert note.startswith("2 experiments on parquet:nowhere are not in the estimate: ")
-    assert probe([missing], tmp_path, "cpu").seconds is None
+    nothing = probe([missing], tmp_path, "cpu")
+    assert nothing.seconds is nothing.experiments_per_hour is nothing.memory_bytes is None
 
 
 def test_a_real_probe_is_positive_and_can_be_sent_as_json():
-    """Also where the batch is larger than the time allows, or than the data set."""
+    """Also where the batch is larger than the data set."""
     shapes = [
         TINY,
         *(TINY.model_copy(update=update) for update in ({"model_type": "cnn", "depth": 3}, {"batch_size": 5000})),
+        TINY,
     ]
-    estimate = probe(shapes, device="cpu")
-    assert len(estimate.seconds_per_experiment) == 3
+    estimate = probe(shapes, device="cpu", engines=["batched"] * 3 + ["reference"])
+    assert len(estimate.seconds_per_experiment) == 4
     assert all(0 < seconds < 60 for seconds in estimate.seconds_per_experiment.values())
-    assert json.loads(json.dumps(dataclasses.asdict(estimate)))["device"] == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("timed", "images", "expected"),
-    [([(2, 0.5)], 32, 8.0), ([(2, 9.0), (8, 1.0), (32, 2.0)], 128, 6.0), ([(2, 1.0), (8, 0.5)], 32, 0.5)],
-)
-def test_times_are_read_off_a_line(timed, images, expected):
-    assert probe_module._at(images, timed) == pytest.approx(expected)
-
-
-def test_growing_stops_when_the_time_is_up(monkeypatch):
-    """A size is begun only if three runs of it fit; the second size always, unless it is far too slow."""
-    clock = [0.0]
-    monkeypatch.setattr(probe_module.time, "monotonic", lambda: clock[0])
-
-    def run(images: int) -> float:
-        clock[0] += images * 0.001
-        return images * 0.001
-
-    assert [size for size, _ in probe_module._growing(run, 1000, deadline=1.0)] == [2, 8, 32, 128]
-    clock[0] = 0.0
-    assert [size for size, _ in probe_module._growing(run, 20, deadline=1.0)] == [2, 8, 20]
-    clock[0] = 0.0
-    assert [size for size, _ in probe_module._growing(run, 1000, deadline=0.0)] == [2, 8]
-    assert [size for size, _ in probe_module._growing(lambda images: run(100 * images), 1000, deadline=0.0)] == [2]
+    assert [each.plan == "reference" for each in estimate.cohorts].count(True) == 1
+    sent = json.loads(json.dumps(dataclasses.asdict(estimate)))
+    assert sent["device"] == "cpu"
+    assert all(each["memory_bytes"] > 0 and each["plan"] for each in sent["cohorts"])
