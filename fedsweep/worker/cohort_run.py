@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,11 +55,12 @@ class CohortRun:
         self.strangers: list[TaskMessage] = []  # what the manager gave us besides, of another cohort
         self._data = data
         self._cohort = self._new_cohort(trainer)
+        self._waiting: deque[TaskMessage] = deque()  # held, and not in memory yet
         self._joined: dict[str, _Joined] = {}
         self._remembered: dict[str, Checkpoint] = {}  # where each stood after a round that is not long ago
-        self._remember_at = self._save_at = station.clock()
+        self._remember_at = station.clock()
+        self._save_at = station.clock() + station.checkpoint_s
         self._manager_key: str | None = None  # what the manager calls this cohort
-        self._save_at += station.checkpoint_s
 
     def run(self, tasks: Sequence[TaskMessage]) -> None:
         """Train these tasks and those that join them until none is left.
@@ -66,7 +68,8 @@ class CohortRun:
         Raises:
             Preempted: a stop signal came; the tasks that have not ended are still held.
         """
-        self._join(tasks)
+        self._waiting.extend(tasks)
+        self._fill()
         while self._cohort.names:
             try:
                 with self.station.stop.interruptible():
@@ -89,8 +92,10 @@ class CohortRun:
 
     # ---- joining
 
-    def _join(self, tasks: Sequence[TaskMessage]) -> None:
-        for task in tasks:
+    def _fill(self) -> None:
+        """Let those that wait join while there is room."""
+        while self._waiting and len(self._cohort.names) < self.room:
+            task = self._waiting.popleft()
             self._manager_key = task.cohort
             experiment = from_config({**task.config, "seed": task.seed})
             signature = task.signature or experiment.signature
@@ -119,7 +124,8 @@ class CohortRun:
         return Origin.of(signature, self._cohort.trainer.plan, self.station.device.torch_name)
 
     def _refill(self) -> None:
-        """Ask for others in the place of those that have ended."""
+        """Let others join in the place of those that have ended; where none waits, ask for more."""
+        self._fill()
         free = self.room - len(self._cohort.names)
         if self._manager_key is None or REFILL_SHARE * free < self.room or self.held.is_manager_away:
             return
@@ -135,7 +141,8 @@ class CohortRun:
         self.station.stop.check()
         mine = [task for task in new if key_of(task, self.held) == self.key]
         self.strangers += [task for task in new if task not in mine and task.task_id in self.held]
-        self._join(mine)
+        self._waiting.extend(mine)
+        self._fill()
 
     # ---- a round that raised
 
@@ -160,6 +167,7 @@ class CohortRun:
         for name, joined in self._joined.items():
             checkpoint = self._remembered.get(name)
             self._cohort.join(name, joined.experiment, None if checkpoint is None else checkpoint.saved)
+        self._fill()
 
     # ---- after a round
 
@@ -169,17 +177,28 @@ class CohortRun:
                 rounds = self._joined[end.name].experiment.global_rounds
                 self.held.tell(end.name, Progress.after(end.report, rounds))
         left = [self._end(end) for end in ends if end.error is not None or end.outcome is not None]
-        for task_id in self.held.dropped():
-            if task_id in self._cohort.names:
-                self._cohort.leave(task_id)
-                self._forget(task_id)
-                self.held.drop(task_id)
-                left.append(task_id)
+        left += self._leave_dropped()
         self._remember()
         self._save_when_due()
         self.held.deliver_waiting()
         if left:
             self._refill()
+
+    def _leave_dropped(self) -> list[str]:
+        """Leave what the manager no longer wants of this cohort; which these were."""
+        left = []
+        waiting = {task.task_id for task in self._waiting}
+        for task_id in self.held.dropped():
+            if task_id in self._joined:
+                self._cohort.leave(task_id)
+                self._forget(task_id)
+            elif task_id in waiting:
+                self._waiting = deque(task for task in self._waiting if task.task_id != task_id)
+            else:
+                continue
+            self.held.drop(task_id)
+            left.append(task_id)
+        return left
 
     def _end(self, end: RoundEnd) -> str:
         """Deliver an experiment that has ended, or report why it could not be trained."""

@@ -75,7 +75,9 @@ def run_tasks(tasks: Sequence[TaskMessage], station: Station) -> bool:
 
 def _run_first(tasks: Sequence[TaskMessage], station: Station, held: HeldTasks) -> list[TaskMessage]:
     """Run the first task with all that can train with it; what is then still to be run."""
-    keys = {task.task_id: key_of(task, held) for task in tasks}
+    for task_id in held.dropped():
+        held.drop(task_id)
+    keys = {task.task_id: key_of(task, held) for task in tasks if task.task_id in held}
     tasks = [task for task in tasks if task.task_id in held]
     if not tasks:
         return []

@@ -376,6 +376,21 @@ def test_a_task_is_the_fourth(world: World) -> None:
     assert manager.requests == [{**asked, "token": "a token"}]
 
 
+def test_several_tasks_of_a_cohort_can_be_asked_for(world: World) -> None:
+    others = [{**TASK, "task_id": f"a_{number}_1", "cohort": "mnist|cnn"} for number in range(3)]
+    client, manager = world.of(always({"type": "task", "task": others[0], "tasks": others}))
+    reply = request_task_from_manager(client, "w", max_tasks=3, cohort="mnist|cnn")
+    assert [task.task_id for task in reply.tasks] == ["a_0_1", "a_1_1", "a_2_1"]
+    assert reply.task == reply.tasks[0]
+    assert {task.cohort for task in reply.tasks} == {"mnist|cnn"}
+    assert (manager.requests[0]["max_tasks"], manager.requests[0]["cohort"]) == (3, "mnist|cnn")
+
+
+def test_a_manager_of_old_gives_one_task_however_many_are_asked_for(world: World) -> None:
+    client, _ = world.of(always({"type": "task", "task": TASK}))
+    assert [task.task_id for task in request_task_from_manager(client, "w", max_tasks=9).tasks] == ["a_0_1"]
+
+
 def test_nobody_at_all_is_unreachable_with_a_reason_in_the_log(
     world: World, closed_port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -390,6 +405,8 @@ def test_nobody_at_all_is_unreachable_with_a_reason_in_the_log(
         ({"type": "ack"}, "unknown_type"),
         ({"type": "task"}, "bad_field"),
         ({"type": "task", "task": {"task_id": 5}}, "bad_field"),
+        ({"type": "task", "task": TASK, "tasks": 5}, "bad_field"),
+        ({"type": "task", "task": TASK, "tasks": [TASK, {"task_id": 5}]}, "bad_field"),
     ],
 )
 def test_a_refusal_and_an_answer_that_is_none_are_raised(world: World, answer: dict[str, Any], code: str) -> None:

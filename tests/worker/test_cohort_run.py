@@ -162,16 +162,25 @@ def test_one_that_cannot_be_trained_fails_alone(make_manager, work, monkeypatch)
 
 @pytest.mark.parametrize("most", [0, 1, 2])
 def test_a_round_that_raises_is_made_again_with_fewer_at_once(make_manager, work, monkeypatch, most):
+    monkeypatch.setattr(cohort_run, "REMEMBER_SHARE", 0)
+    rounds: list[int] = []
+
     class Small(LoopTrainer):
+        def train(self, *arguments: Any) -> torch.Tensor:
+            rounds.append(1)
+            return super().train(*arguments)
+
         def logits(self, weights: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-            if len(weights) > most:
+            if len(weights) > most and len(rounds) > 1:
                 raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
             return super().logits(weights, images)
 
     monkeypatch.setattr(cohort_run, "choose_trainer", lambda experiments, data, *_, **__: Small(experiments[0], data))
-    given = [task(str(seed), seed, global_rounds=3) for seed in range(5)]
+    given = [task(str(seed), split_seed=7, partition_seed=seed, global_rounds=3) for seed in range(5)]
     manager = together(make_manager(*given))
     assert work(manager) == 0
+    assert len(rounds) > 3, "it never failed"
+    assert (manager.output_dir / "logs" / "0.log").read_text().count("round 1/3") == 1
     if most == 0:
         assert len(manager.all("task_failed")) == 5
     else:
@@ -249,6 +258,31 @@ def test_others_join_where_experiments_have_ended(make_manager, work, monkeypatc
     assert {request["cohort"] for request in asked} == {given[0]["cohort"]}
     assert asked[0].get("max_tasks", 1) == 2  # of four two ended with the first round
     assert chosen == [[0, 1, 2, 3], [99]]
+
+
+def test_no_more_are_in_memory_than_fit(make_manager, work, monkeypatch):
+    """The others are held, and join in the place of those that have ended; one that is dropped meanwhile does not."""
+    monkeypatch.setattr(cohort_run, "how_many_fit", lambda *_: 2)
+    most: list[int] = []
+
+    class Counting(LoopTrainer):
+        def train(self, inputs: LaneInputs, *others: Any) -> torch.Tensor:
+            most.append(len(inputs.weights))
+            time.sleep(0.03)
+            return super().train(inputs, *others)
+
+    monkeypatch.setattr(
+        cohort_run, "choose_trainer", lambda experiments, data, *_, **__: Counting(experiments[0], data)
+    )
+    given = [task(str(seed), seed, global_rounds=2 + seed % 2) for seed in range(7)]
+    elsewhere = task("cnn", model_type="cnn")
+    manager = together(make_manager(*(each | {"heartbeat_s": 0.02} for each in [*given, elsewhere])))
+    manager.drop = ["6", "cnn"]
+    assert work(manager) == 0
+    assert max(most) == 2
+    assert len(manager.all("heartbeat")[0]["tasks"]) == 8
+    assert set(manager.results) == {"0", "1", "2", "3", "4", "5"}
+    assert all(science(manager.results[each["task_id"]]) == alone(each) for each in given[:6])
 
 
 def test_nobody_is_asked_to_join_while_little_room_is_free_or_by_a_manager_of_old(make_manager, work, monkeypatch):
@@ -414,18 +448,26 @@ def test_after_an_interruption_the_row_is_the_same(make_manager, work, start_wor
     assert list((state_dir / "checkpoints").iterdir()) == []
 
 
-def test_a_stop_signal_in_a_round_saves_what_was_before_it(make_manager, work, state_dir, monkeypatch):
+@pytest.mark.parametrize("where", ["train", "logits"])
+def test_a_stop_signal_in_a_round_saves_what_was_before_it(make_manager, work, monkeypatch, where):
     """A round that has begun to change the models is not in what is saved."""
     given = [task(name, seed, global_rounds=6, early_stopping_patience=None) for name, seed in (("a", 1), ("b", 2))]
     expected = {each["task_id"]: alone(each) for each in given}
     rounds: list[int] = []
 
+    def stop_in_the_fourth_round(now: str) -> None:
+        if now == where and len(rounds) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
     class Stopping(LoopTrainer):
-        def logits(self, weights: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        def train(self, *arguments: Any) -> torch.Tensor:
             rounds.append(1)
-            if len(rounds) == 7:  # two experiments with a validation set each: in the middle of the fourth round
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(1)
+            stop_in_the_fourth_round("train")
+            return super().train(*arguments)
+
+        def logits(self, weights: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+            stop_in_the_fourth_round("logits")
             return super().logits(weights, images)
 
     with monkeypatch.context() as patch:
