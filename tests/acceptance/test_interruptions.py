@@ -15,7 +15,8 @@ import pytest
 
 pytestmark = pytest.mark.acceptance
 
-# 24 grid points, 20 experiments, two folders that share rows. Each takes long enough to be interrupted.
+# 72 grid points, 52 experiments, two folders that share rows. They train together and end in several rounds, far enough
+# apart to be interrupted between them.
 SWEEP = """\
 defaults:
   dataset: digits
@@ -23,8 +24,9 @@ defaults:
   width_factor: 4
   depth: 1
   num_clients: 4
-  global_rounds: 3
-  local_epochs: 8
+  global_rounds: 10
+  local_epochs: 20
+  early_stopping_patience: null
   poison_level: client
 seeds: [1, 2]
 first:
@@ -33,6 +35,7 @@ first:
     - model_type: [lr, cnn]
     - poison_ratio: [0.0, 0.5]
     - poison_type: [label_flip, random_noise]
+    - global_rounds: [5, 10, 15, 20]
 second:
   defaults: {output_dir: out/second}
   combinations:
@@ -95,13 +98,13 @@ def test_same_rows_with_one_worker_three_workers_and_five_interruptions(tmp_path
         process.send_signal(signal.SIGINT)
         assert finish(process) == (130, "")
     unfinished = count_rows(folders["interrupted"])
-    assert 5 <= unfinished < 24, "the interruptions came too late to test anything"
+    assert 5 <= unfinished < 72, "the interruptions came too late to test anything"
     assert finish(run(folders["interrupted"], "--workers", "2", "--quiet")) == (0, "")
 
     for name in FILES:
         rows = read_science(folders["one"] / name)
         assert rows == read_science(folders["three"] / name) == read_science(folders["interrupted"] / name)
-    assert [len(read_science(folders["one"] / name)) for name in FILES] == [16, 8]
+    assert [len(read_science(folders["one"] / name)) for name in FILES] == [64, 8]
 
 
 def free_port() -> int:
