@@ -265,15 +265,13 @@ def test_no_more_are_in_memory_than_fit(make_manager, work, monkeypatch):
     monkeypatch.setattr(cohort_run, "how_many_fit", lambda *_: 2)
     most: list[int] = []
 
-    class Counting(LoopTrainer):
-        def train(self, inputs: LaneInputs, *others: Any) -> torch.Tensor:
-            most.append(len(inputs.weights))
+    class Counting(cohort_run.Cohort):
+        def run_round(self) -> Any:
+            most.append(len(self.names))
             time.sleep(0.03)
-            return super().train(inputs, *others)
+            return super().run_round()
 
-    monkeypatch.setattr(
-        cohort_run, "choose_trainer", lambda experiments, data, *_, **__: Counting(experiments[0], data)
-    )
+    monkeypatch.setattr(cohort_run, "Cohort", Counting)
     given = [task(str(seed), seed, global_rounds=2 + seed % 2) for seed in range(7)]
     elsewhere = task("cnn", model_type="cnn")
     manager = together(make_manager(*(each | {"heartbeat_s": 0.02} for each in [*given, elsewhere])))
@@ -282,6 +280,8 @@ def test_no_more_are_in_memory_than_fit(make_manager, work, monkeypatch):
     assert max(most) == 2
     assert len(manager.all("heartbeat")[0]["tasks"]) == 8
     assert set(manager.results) == {"0", "1", "2", "3", "4", "5"}
+    logs = [(manager.output_dir / "logs" / f"{name}.log").read_text() for name in ("6", "cnn")]
+    assert not any(re.search(r"round \d", text) for text in logs)
     assert all(science(manager.results[each["task_id"]]) == alone(each) for each in given[:6])
 
 
@@ -333,7 +333,7 @@ def test_as_many_fit_as_memory_allows(monkeypatch):
 # ---- a manager that is away
 
 
-def test_while_the_manager_is_away_results_wait_and_training_goes_on(make_manager, work, monkeypatch, state_dir):
+def test_while_the_manager_is_away_results_wait_and_training_goes_on(make_manager, work, state_dir, caplog):
     """It is not asked for each of them: every try takes seconds."""
     given = [task(str(seed), seed, global_rounds=1 + seed) for seed in range(4)]
     manager = together(make_manager(*given))
@@ -342,6 +342,7 @@ def test_while_the_manager_is_away_results_wait_and_training_goes_on(make_manage
     assert set(manager.results) == {"0", "1", "2", "3"}
     submitted = [request["task_id"] for request in manager.all("submit_result")]
     assert submitted == ["0", "0", "1", "2", "3"]  # the others were only tried when all had ended
+    assert caplog.text.count("it waits in") == 4
     assert list((state_dir / "spool").iterdir()) == []
 
 
