@@ -40,6 +40,7 @@ MaxTasks = Annotated[int, typer.Option(help="Refuse a grid of more experiments t
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
 ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 Heartbeat = Annotated[float, typer.Option(hidden=True)]
+ExpectedWorkers = Annotated[int, typer.Option(hidden=True)]
 AllowLegacy = Annotated[bool, typer.Option("--allow-legacy", help="Serve old clients, without a token, on loopback.")]
 
 
@@ -126,6 +127,7 @@ def manager(
     ] = False,
     max_tasks: MaxTasks = 1_000_000,
     heartbeat_s: Heartbeat = 10.0,
+    expected_workers: ExpectedWorkers = 1,
     exit_with_parent: ExitWithParent = False,
 ) -> None:
     """Read configurations, hand experiments to workers, keep every result, and end when all is done."""
@@ -143,6 +145,7 @@ def manager(
         allow_legacy=allow_legacy,
         insecure_plaintext=insecure_plaintext,
         heartbeat_s=heartbeat_s,
+        expected_workers=expected_workers,
         max_tasks=max_tasks,
     )
     raise typer.Exit(experiment_manager.start())

@@ -65,7 +65,7 @@ def run_sweep(request: RunRequest) -> int:
     num_workers, device = _workers_and_device(request, say)
     started_at = time.monotonic()
     sweep = LocalSweep(
-        manager_arguments=_manager_arguments(request),
+        manager_arguments=_manager_arguments(request, num_workers),
         worker_arguments=_worker_arguments(request, device, num_workers),
         num_workers=num_workers,
         state_dir=request.state_dir,
@@ -126,9 +126,10 @@ def _output_dirs(grid: Grid) -> list[str]:
     return sorted({folder for task in grid.tasks for folder in task.output_dirs})
 
 
-def _manager_arguments(request: RunRequest) -> list[str]:
+def _manager_arguments(request: RunRequest, num_workers: int) -> list[str]:
     options = ["--state-dir", str(request.state_dir), "--max-tasks", str(request.max_tasks)]
-    return [*options, "--heartbeat-s", str(LOCAL_HEARTBEAT_S), *request.arguments]
+    hidden = ["--heartbeat-s", str(LOCAL_HEARTBEAT_S), "--expected-workers", str(num_workers)]
+    return [*options, *hidden, *request.arguments]
 
 
 def _worker_arguments(request: RunRequest, device: str, num_workers: int) -> list[str]:

@@ -14,6 +14,7 @@ from fedsweep.fl.stacked import StackedTrainer, plan_name
 from fedsweep.fl.stacked_model import Kernel
 from fedsweep.plan.experiment import Experiment
 
+NATIVE = "native"  # how the plans of the compiled kernels begin
 GPU_WORKS = (1, 8)  # clients of one tile, on a GPU
 
 
@@ -32,7 +33,7 @@ def candidates(
     found: dict[str, Callable[[], Trainer]] = {}
     if library is not None and not data.train_images.is_cuda:
         for count in reversed(_worth_trying(example, data, library, lanes)):
-            found[f"native x{count}"] = _native(example, data, library, threads, count)
+            found[f"{NATIVE} x{count}"] = _native(example, data, library, threads, count)
     if data.train_images.is_cuda:
         for works in GPU_WORKS:
             found |= _stacked(example, data, threads, lanes, works)
@@ -40,6 +41,11 @@ def candidates(
         found |= _stacked(example, data, threads, lanes, works=1)
     found["loop"] = lambda: LoopTrainer(example, data, threads)
     return found
+
+
+def arithmetic(plan: str) -> str:
+    """What decides the bits of what a plan computes: the kernels give the same ones in tiles of any size."""
+    return NATIVE if plan.startswith(f"{NATIVE} ") else plan
 
 
 def _stacked(

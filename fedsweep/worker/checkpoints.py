@@ -31,7 +31,7 @@ class Origin:
     """What has to be the same for an experiment to go on with the same bits."""
 
     signature: str
-    plan: str
+    plan: str  # its arithmetic, see `fl.candidates.arithmetic`
     device: str  # its name
     fedsweep_version: str
     torch_version: str
@@ -88,7 +88,7 @@ class Checkpoints:
             raise
 
     def plan(self, signature: str) -> str | None:
-        """The plan under which an experiment was begun; None where there is no checkpoint that can be read."""
+        """The arithmetic under which an experiment was begun; None where there is no checkpoint that can be read."""
         found = self._read(signature)
         return None if found is None else found.origin.plan
 

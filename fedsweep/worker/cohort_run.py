@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fedsweep.datasets import load_global_dataset
 from fedsweep.errors import Preempted, ProtocolError
+from fedsweep.fl.candidates import arithmetic
 from fedsweep.fl.data import ImageData
 from fedsweep.fl.engine import Cohort, Saved
 from fedsweep.fl.engine import Progress as RoundEnd
@@ -121,7 +122,7 @@ class CohortRun:
         self.held.note(task_id, f"resumed after round {len(saved['history'])}")
 
     def _origin(self, signature: str) -> Origin:
-        return Origin.of(signature, self._cohort.trainer.plan, self.station.device.torch_name)
+        return Origin.of(signature, arithmetic(self._cohort.trainer.plan), self.station.device.torch_name)
 
     def _refill(self) -> None:
         """Let others join in the place of those that have ended; where none waits, ask for more."""
@@ -135,8 +136,8 @@ class CohortRun:
             log.info("no more tasks are asked for this cohort: %s", error)
             self._manager_key = None
             return
-        if reply.kind in ("wait", "done"):
-            self._manager_key = None  # it has no more
+        if reply.kind == "done":
+            self._manager_key = None  # it has no more, and never will; "wait" may also mean that others have a share
         new = self.held.take(reply.tasks)
         self.station.stop.check()
         mine = [task for task in new if key_of(task, self.held) == self.key]

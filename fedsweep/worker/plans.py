@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import logging
@@ -10,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -32,10 +33,13 @@ from fedsweep.worker.timing import Piece, affordable_piece, timed, work_through
 log = logging.getLogger(__name__)
 
 FILE = "plans.json"
+Candidates = dict[str, Callable[[], Trainer]]
+
 BUCKETS = (1, 2, 4, 8, 16)  # experiments that share their images; more are like the last
 PIECE_S = 0.1  # that the plain loop takes for what is timed
 CHOICE_S = 2.0
 SAMPLES = 3
+CLOSE = 1.2  # times as long
 HOPELESS = 3.0  # times slower than the best: not timed again
 PLAIN = "loop"
 
@@ -59,17 +63,16 @@ def choose_trainer(
         data: on the device to train on.
         threads: that may train at the same time, on a CPU.
         cache_dir: where the choices are kept; the user's cache folder if not given.
-        prefer: plans under which some of the experiments began. Only under the same plan can they go on, so the first
-            that is a candidate is taken.
+        prefer: the arithmetic (`candidates.arithmetic`) under which some of the experiments began, the most common
+            first. Only under the same can they go on, so the candidates are those of the first that there is.
     """
     example, lanes = experiments[0], sharing(experiments)
     library = None if data.train_images.is_cuda else kernels.load_kernels()
-    if prefer:
-        possible = makers.candidates(example, data, threads, BUCKETS[-1], library)
-        for plan in prefer:
-            if plan in possible and (trainer := _made(plan, possible)) is not None:
-                return trainer
     possible = makers.candidates(example, data, threads, lanes, library)
+    for kind in prefer:
+        if alike := _of_kind(kind, possible) or _of_kind(kind, _for_any_lanes(example, data, threads, library)):
+            possible = alike
+            break
     if len(possible) == 1:
         return next(iter(possible.values()))()
     choices = Choices((cache_dir or default_cache_dir()) / FILE)
@@ -81,10 +84,35 @@ def choose_trainer(
     seconds = time_trainers(made, example, data, threads, lanes)
     if not seconds:
         return made.get(PLAIN) or possible[PLAIN]()  # what is wrong shows in training, each experiment for itself
-    best = min(seconds, key=lambda plan: seconds[plan])
+    best = fastest(seconds)
     choices.remember(key, best, seconds)
     log.info("%s, %d sharing images: %s is the fastest of %d plans", example.model_type, lanes, best, len(seconds))
     return made[best]
+
+
+def _of_kind(kind: str, possible: Candidates) -> Candidates:
+    return {plan: make for plan, make in possible.items() if makers.arithmetic(plan) == kind}
+
+
+def _for_any_lanes(example: Experiment, data: ImageData, threads: int, library: ctypes.CDLL | None) -> Candidates:
+    """Also what is not worth trying for as few experiments as are left of a cohort."""
+    found: Candidates = {}
+    for lanes in BUCKETS:
+        found |= makers.candidates(example, data, threads, lanes, library)
+    return found
+
+
+def fastest(seconds: Mapping[str, float]) -> str:
+    """The plan that took the least time; the compiled kernels also where the loop is faster by less than `CLOSE`.
+
+    Their bits differ. Where both take about as long, the noise of a timing must not decide which bits a row has.
+    """
+    best = min(seconds, key=lambda plan: seconds[plan])
+    kernels_only = {plan: each for plan, each in seconds.items() if makers.arithmetic(plan) == makers.NATIVE}
+    if best == PLAIN and kernels_only:
+        alternative = min(kernels_only, key=lambda plan: kernels_only[plan])
+        return alternative if seconds[alternative] < CLOSE * seconds[best] else best
+    return best
 
 
 def sharing(experiments: Sequence[Experiment]) -> int:

@@ -93,6 +93,13 @@ def world(digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # ---- the choice
 
 
+def test_noise_does_not_decide_between_the_kernels_and_the_loop() -> None:
+    assert plans.fastest({"native x4": 1.1, "native x1": 1.3, "loop": 1.0}) == "native x4"
+    assert plans.fastest({"native x4": 1.3, "native x1": 1.25, "loop": 1.0}) == "loop"
+    assert plans.fastest({"native x4": 0.9, "loop": 1.0}) == "native x4"
+    assert plans.fastest({"stacked grouped x4": 1.1, "loop": 1.0}) == "loop"
+
+
 def test_the_fastest_wins_and_is_remembered_with_the_times(world):
     assert world.choose() == "fast"
     assert world.was_timed
@@ -173,7 +180,7 @@ def test_other_versions_threads_and_sharing_are_timed_anew_and_nothing_else(worl
 
 def test_the_plan_under_which_experiments_were_begun_comes_first(world):
     assert world.choose(prefer=["gone", "slow"]) == "slow"
-    assert world.lanes[0] == 16  # also where so few are left that it would not be tried
+    assert 16 in world.lanes  # also where so few are left that it would not be tried
     assert not world.was_timed
     assert world.choose(prefer=["gone"]) == "fast"
 
