@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: run test lint docs clean
 
 run: $(VENV)/.installed
-	$(BIN)/fedsweep run configs/quickstart.yaml --workers 2
+	$(BIN)/fedsweep run configs/quickstart.yaml
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/pytest -n 2 --dist worksteal
