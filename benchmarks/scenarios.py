@@ -67,7 +67,8 @@ class Scenario:
         return replace(self, seeds=1, ratios=ratios, share=self.share if many else self.share / 10, rounds=1)
 
 
-MANY_CLIENTS = {"alpha": 0.1, "num_clients": 1000, "min_client_size": 1, "fraction_fit": 0.1}
+# With alpha 0.1 no division leaves every one of 1,000 clients an image.
+MANY_CLIENTS = {"alpha": 0.2, "num_clients": 1000, "min_client_size": 1, "fraction_fit": 0.1}
 FEW = {"ratios": (0.1, 0.4), "aggregators": ("fedavg",)}
 
 SCENARIOS: dict[str, Scenario] = {

@@ -1,10 +1,11 @@
 """A client's local epoch as fast as plain PyTorch does it for one client of one experiment at a time.
 
 Images lie in memory as one tensor; a batch is one `index_select`. The forward pass calls `torch.nn.functional` on the
-parameters, without going through modules. Gradients come from `torch.autograd.grad`, so there is nothing to zero; the
-norm of all gradients is one foreach call, and clipping, weight decay, momentum and the step are one fused call. No
-number is read back before the end of a round. What may be faster either way (float images or bytes that are
-normalised batch by batch; channels-last or not) is decided by timing the first batches.
+parameters, without going through modules. All weights are parts of one row, and so are all gradients, which come from
+`torch.autograd.grad`, so there is nothing to zero: norm, clipping and the fused step are a call each. No number is read
+back before the end of a round. What may be faster either way (float images or bytes that are normalised batch by batch;
+channels-last or not) is decided by timing the first batches. (`torch.compile` was tried: on a narrow model its code was
+slower than this, after twenty seconds of compilation.)
 """
 
 from __future__ import annotations
@@ -46,25 +47,23 @@ class Local:
         self.settings = settings
         self.choice = choice
         self.images = images  # float32 or uint8 [N, C, S, S]
-        model = modules.build(settings)
+        self.model = modules.build(settings)
         if choice.channels_last:
-            model.to(memory_format=torch.channels_last)
-        self._calls = [call for layer in model.layers if (call := _call(layer)) is not None]
-        self._parameters = list(model.parameters())
-        self._state = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-        self.names = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
-        self.counters = [name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()]
-        self._velocities = [torch.zeros_like(parameter) for parameter in self._parameters]
+            self.model.to(memory_format=torch.channels_last)
+        self._parameters = list(self.model.parameters())
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        self.flat = _into_one(self._parameters + statistics)
+        self._weights = self.flat[: sum(parameter.numel() for parameter in self._parameters)]
+        self._velocity = torch.zeros_like(self._weights)
+        self._calls = [_call(layer) for layer in self.model.layers]
 
-    def train(self, start: list[Tensor], batches: list[Tensor], labels: Tensor) -> list[Tensor]:
-        """The weights (and running statistics) of a client that trains from `start` on the batches."""
-        with torch.no_grad():
-            torch._foreach_copy_(self._state, start)
-            torch._foreach_zero_(self._velocities)
+    def train(self, start: Tensor, batches: list[Tensor], labels: Tensor) -> Tensor:
+        """The weights and running statistics of a client that trains from `start` on the batches, as one row."""
+        self.flat.copy_(start)
+        self._velocity.zero_()
         for batch in batches:
             self._step(batch, labels)
-        with torch.no_grad():
-            return [tensor.clone() for tensor in self._state]
+        return self.flat.clone()
 
     def _step(self, batch: Tensor, labels: Tensor) -> None:
         hidden = self.images.index_select(0, batch)
@@ -73,26 +72,56 @@ class Local:
         for call in self._calls:
             hidden = call(hidden)
         loss = functional.cross_entropy(hidden, labels.index_select(0, batch))
-        gradients = torch.autograd.grad(loss, self._parameters)
+        gradient = torch.cat([_as_row(each) for each in torch.autograd.grad(loss, self._parameters)])
         settings = self.settings
-        with torch.no_grad():
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            torch._fused_sgd_(  # what torch.optim.SGD(fused=True) calls; it divides gradients by `grad_scale`
-                self._parameters,
-                list(gradients),
-                self._velocities,
-                weight_decay=settings.weight_decay,
-                momentum=settings.momentum,
-                lr=settings.lr,
-                dampening=0.0,
-                nesterov=False,
-                maximize=False,
-                is_first_step=False,
-                grad_scale=norm.add_(1e-6).div_(settings.max_grad_norm).clamp_(min=1.0),
-            )
+        gradient.mul_((settings.max_grad_norm / gradient.norm().add_(1e-6)).clamp_(max=1.0))
+        torch._fused_sgd_(  # what torch.optim.SGD(fused=True) calls
+            [self._weights],
+            [gradient],
+            [self._velocity],
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            lr=settings.lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+
+    def row_of(self, state: Mapping[str, Tensor]) -> Tensor:
+        """A state dict as a row of weights and running statistics."""
+        self.model.load_state_dict(state)
+        return self.flat.clone()
+
+    def state_of(self, row: Tensor, steps: int) -> dict[str, Tensor]:
+        """A row as a state dict of tensors of its own, with `steps` as the count of batches."""
+        self.flat.copy_(row)
+        state = self.model.state_dict()
+        return {
+            name: tensor.contiguous().clone() if tensor.is_floating_point() else torch.tensor(steps)
+            for name, tensor in state.items()
+        }
 
 
-def _call(layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _as_row(tensor: Tensor) -> Tensor:
+    """All values; those of a convolution channel by channel last, in which order it is laid out or not."""
+    return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).reshape(-1)
+
+
+def _into_one(tensors: list[Tensor]) -> Tensor:
+    """Make the tensors parts of one row, each in the layout that it had."""
+    flat = torch.cat([_as_row(tensor.detach()) for tensor in tensors])
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        if tensor.dim() == 4:
+            out, channels, height, width = tensor.shape
+            tensor.data = part.view(out, height, width, channels).permute(0, 3, 1, 2)
+        else:
+            tensor.data = part.view(tensor.shape)
+    return flat
+
+
+def _call(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """A layer as a function of its input alone."""
     if isinstance(layer, nn.Linear):
         weight, bias = layer.weight, layer.bias
@@ -140,12 +169,6 @@ def batches_of(work: Work, settings: Settings) -> list[Tensor]:
     return [torch.from_numpy(batch) for batch in work.batches(settings.batch_size)]
 
 
-def start_of(local: Local, workload: Workload, experiment: int) -> list[Tensor]:
-    """The initial weights of an experiment, in the order of `Local.names`."""
-    initial = modules.tensors(workload.initial[workload.members[experiment].group])
-    return [initial[name] for name in local.names]
-
-
-def state_of(local: Local, weights: list[Tensor], steps: int) -> Mapping[str, Tensor]:
-    """Weights as a state dict."""
-    return dict(zip(local.names, weights, strict=True)) | {name: torch.tensor(steps) for name in local.counters}
+def start_of(local: Local, workload: Workload, experiment: int) -> Tensor:
+    """The initial weights of an experiment, as a row."""
+    return local.row_of(modules.tensors(workload.initial[workload.members[experiment].group]))

@@ -53,7 +53,10 @@ def _lr(settings: Settings) -> list[nn.Module]:
 
 def tensors(state: State) -> dict[str, Tensor]:
     """A state dict of arrays as one of tensors of its own."""
-    return {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+    copies = {name: torch.from_numpy(array.copy()) for name, array in state.items()}
+    return {
+        name: copy.to(torch.get_default_dtype()) if copy.is_floating_point() else copy for name, copy in copies.items()
+    }
 
 
 def arrays(state: Mapping[str, Tensor]) -> State:
@@ -62,8 +65,8 @@ def arrays(state: Mapping[str, Tensor]) -> State:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """Bytes as float32 from -1 to 1."""
-    return images.to(torch.float32).div_(255).sub_(0.5).mul_(2)
+    """Bytes as numbers from -1 to 1, rounded to float32 whatever they are then used as."""
+    return images.to(torch.float32).div_(255).sub_(0.5).mul_(2).to(torch.get_default_dtype())
 
 
 def combine(aggregator: str, states: list[Mapping[str, Tensor]], sizes: list[int]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ experiment. The engine draws its own batches, from the same streams that the wor
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import modules
 import running
@@ -14,16 +15,27 @@ import torch
 import workload as workloads
 from workload import Workload
 
+from fedsweep.fl.candidates import candidates
 from fedsweep.fl.data import ImageData
 from fedsweep.fl.engine import Cohort
+from fedsweep.fl.lanes import Trainer
+from fedsweep.fl.loop import LoopTrainer
 from fedsweep.plan.experiment import Experiment
+from fedsweep.worker.device import prepare_torch
+from fedsweep.worker.kernels import load_kernels
+from fedsweep.worker.plans import choose_trainer, sharing
 
 
-def make_trainer(experiments: list[Experiment], data: ImageData, threads: int):
-    """What trains a cohort of these experiments."""
-    from fedsweep.worker.plans import choose_trainer
-
-    return choose_trainer(experiments, data, threads=threads)
+def make_trainer(experiments: list[Experiment], data: ImageData, request: running.Request) -> Trainer:
+    """What trains a cohort of these experiments: chosen on this machine now, and for float64 the same plan."""
+    trainer = choose_trainer(experiments, data, threads=request.threads, cache_dir=Path(request.path).parent)
+    if request.dtype == "float32":
+        return trainer
+    if trainer.plan == "loop":
+        return LoopTrainer(experiments[0], data, request.threads, dtype=torch.float64)
+    return candidates(experiments[0], data, request.threads, sharing(experiments), load_kernels(torch.float64))[
+        trainer.plan
+    ]()
 
 
 def image_data(workload: Workload) -> ImageData:
@@ -32,33 +44,40 @@ def image_data(workload: Workload) -> ImageData:
     return ImageData("mnist", images, labels, images[:100], labels[:100], workload.settings.num_classes)
 
 
-def cohort_of(experiments: dict[str, Experiment], data: ImageData, trainer) -> Cohort:
+def cohort_of(experiments: dict[str, Experiment], data: ImageData, trainer: Trainer, dtype: torch.dtype) -> Cohort:
     """A cohort before its first round."""
-    cohort = Cohort(data, trainer)
+    cohort = Cohort(data, trainer, dtype)
     for name, experiment in experiments.items():
         cohort.join(name, experiment)
     return cohort
 
 
+def train_round(cohort: Cohort) -> None:
+    """One round of every experiment, which has to go well."""
+    if failed := [str(lost) for _, lost in cohort.train_round() if lost != 0]:
+        raise RuntimeError(f"clients were lost: {failed[0]}")
+
+
 def main() -> None:
     request = running.parse()
-    torch.set_num_threads(request.threads)
+    prepare_torch()
     workload = workloads.load(request.path)
     indices = running.chosen(request, workload)
     experiments = {str(index): Experiment(**workload.members[index].config) for index in indices}
     data = image_data(workload)
     begin = time.perf_counter()
-    trainer = make_trainer(list(experiments.values()), data, request.threads)
+    trainer = make_trainer(list(experiments.values()), data, request)
     planning = time.perf_counter() - begin
     one_client = {"fraction_fit": 1 / workload.members[0].config["num_clients"]}
     warm_up = {name: experiment.model_copy(update=one_client) for name, experiment in experiments.items()}
-    cohort_of(warm_up, data, trainer).train_round()
-    cohort = cohort_of(experiments, data, trainer)
+    dtype = getattr(torch, request.dtype)
+    train_round(cohort_of(warm_up, data, trainer, dtype))
+    cohort = cohort_of(experiments, data, trainer, dtype)
 
     begin, started = time.perf_counter(), time.time()
     weights = {}
     for number in range(request.rounds):
-        cohort.train_round()
+        train_round(cohort)
         if number == 0:
             weights = {index: modules.arrays(cohort.weights(str(index))) for index in indices}
     seconds = time.perf_counter() - begin
@@ -70,7 +89,7 @@ def main() -> None:
         peak=running.peak_mb(),
         weights=weights,
         versions=modules.versions(),
-        choices={"plan": getattr(trainer, "plan", type(trainer).__name__), "planning_s": round(planning, 2)},
+        choices={"plan": trainer.plan, "planning_s": round(planning, 2)},
     )
 
 

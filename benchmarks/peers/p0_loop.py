@@ -14,9 +14,8 @@ from torch import Tensor
 from workload import State, Workload
 
 
-def prepare(workload: Workload, threads: int, experiments: tuple[int, ...]) -> Prepared:
+def prepare(workload: Workload) -> Prepared:
     """Load the data, and tune."""
-    torch.set_num_threads(threads)
     trainer = local.prepare(workload)
     labels = torch.from_numpy(workload.labels).long()
     return Prepared(lambda index, rounds: train(trainer, workload, labels, index, rounds), trainer.choice.words)
@@ -29,25 +28,16 @@ def train(trainer: local.Local, workload: Workload, labels: Tensor, index: int, 
     for number in range(rounds):
         works = workload.works(index, number)
         batches = [local.batches_of(work, workload.settings) for work in works]
-        clients = [trainer.train(weights, each, labels[index]) for each in batches]
-        sizes = [len(work.order) for work in works]
-        weights = combine(workload.members[index].aggregator, clients, sizes)
+        clients = torch.stack([trainer.train(weights, each, labels[index]) for each in batches])  # [K, P]
+        if workload.members[index].aggregator == "median":
+            weights = modules.middle(clients)
+        else:
+            shares = torch.tensor([len(work.order) for work in works], dtype=torch.float64)
+            weights = shares.div_(shares.sum()).to(clients.dtype) @ clients
         steps += max(map(len, batches))
         if number == 0:
-            first = modules.arrays(local.state_of(trainer, weights, steps))
+            first = modules.arrays(trainer.state_of(weights, steps))
     return first
-
-
-def combine(aggregator: str, clients: list[list[Tensor]], sizes: list[int]) -> list[Tensor]:
-    """All tensors of the clients at once."""
-    shapes = [tensor.shape for tensor in clients[0]]
-    rows = torch.stack([torch.cat([tensor.reshape(-1) for tensor in client]) for client in clients])  # [K, P]
-    if aggregator == "median":
-        row = modules.middle(rows)
-    else:
-        row = torch.tensor(sizes, dtype=torch.float64).div_(sum(sizes)).float() @ rows
-    parts = row.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 if __name__ == "__main__":

@@ -32,9 +32,8 @@ class InOrder(Sampler):
         return len(self.places)
 
 
-def prepare(workload: Workload, threads: int, experiments: tuple[int, ...]) -> Prepared:
+def prepare(workload: Workload) -> Prepared:
     """Load the data, and warm up on one client."""
-    torch.set_num_threads(threads)
     images = modules.normalised(torch.from_numpy(workload.images))
     labels = torch.from_numpy(workload.labels).long()
     work = workload.works(0, 0)[0]

@@ -67,9 +67,8 @@ class AfterFirstRound(TrainingProcessCallback):
         return False, Metrics()
 
 
-def prepare(workload: Workload, threads: int, experiments: tuple[int, ...]) -> Prepared:
+def prepare(workload: Workload) -> Prepared:
     """Load the data, and warm up on the smallest client."""
-    torch.set_num_threads(threads)
     images = modules.normalised(torch.from_numpy(workload.images))
     labels = torch.from_numpy(workload.labels).long()
     smallest = min(workload.works(0, 0), key=lambda work: len(work.order))

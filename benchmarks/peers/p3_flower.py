@@ -70,9 +70,9 @@ class ChosenFedMedian(_Chosen, FedMedian):
 STRATEGIES = {"fedavg": ChosenFedAvg, "median": ChosenFedMedian}
 
 
-def warm_up(grid: Grid, path: str, num_clients: int) -> dict[int, int]:
+def warm_up(grid: Grid, config: dict[str, str], num_clients: int) -> dict[int, int]:
     """Have every node answer once, so that the actors have loaded everything; the node of each client."""
-    record = RecordDict({"config": ConfigRecord({"path": path, "experiment": -1, "server-round": 0})})
+    record = RecordDict({"config": ConfigRecord(config | {"experiment": -1, "server-round": 0})})
     while len(nodes := list(grid.get_node_ids())) < num_clients:  # the simulation is still adding them
         time.sleep(0.05)
     messages = [Message(record, dst_node_id=node, message_type=MessageType.TRAIN) for node in nodes]
@@ -89,7 +89,8 @@ def clients_of(workload: Workload) -> int:
 
 def train(request: running.Request, workload: Workload, grid: Grid) -> dict[str, Any]:
     """All experiments, one after another; what to report."""
-    nodes = warm_up(grid, request.path, clients_of(workload))
+    config = {"path": request.path, "dtype": request.dtype}
+    nodes = warm_up(grid, config, clients_of(workload))
     weights: dict[int, State] = {}
     peaks: dict[int, int] = {}
     begin, started = time.perf_counter(), time.time()
@@ -97,12 +98,12 @@ def train(request: running.Request, workload: Workload, grid: Grid) -> dict[str,
         member = workload.members[index]
         strategy = STRATEGIES[member.aggregator](fraction_evaluate=0.0)
         strategy.follow(workload, index, nodes)
-        initial = workload.initial[member.group]
+        initial = modules.arrays(modules.tensors(workload.initial[member.group]))
         strategy.start(
             grid=grid,
-            initial_arrays=ArrayRecord({name: Array(np.asarray(tensor)) for name, tensor in initial.items()}),
+            initial_arrays=ArrayRecord({name: Array(tensor) for name, tensor in initial.items()}),
             num_rounds=request.rounds,
-            train_config=ConfigRecord({"path": request.path, "experiment": index}),
+            train_config=ConfigRecord(config | {"experiment": index}),
         )
         peaks |= strategy.peaks
         weights[index] = {name: np.asarray(array.numpy()) for name, array in strategy.after_first.items()}
@@ -119,6 +120,7 @@ def train(request: running.Request, workload: Workload, grid: Grid) -> dict[str,
 
 def main() -> None:
     request = running.parse()
+    running.configure(request)
     workload = workloads.load(request.path)
     server, client, found = ServerApp(), ClientApp(), {}
     client.train()(client_train)

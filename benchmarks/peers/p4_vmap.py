@@ -155,7 +155,7 @@ class Lanes:
         """Images, labels and masks of a step, [lanes, B, …]."""
         positions = nn.utils.rnn.pad_sequence(batches, batch_first=True)
         lengths = torch.tensor([len(batch) for batch in batches])
-        mask = (torch.arange(positions.shape[1]) < lengths[:, None]).float()
+        mask = (torch.arange(positions.shape[1]) < lengths[:, None]).to(self.images.dtype)
         rows = torch.tensor([index for index, _, _ in lanes])
         images = self.images.index_select(0, positions.flatten()).view(*positions.shape, *self.images.shape[1:])
         return images, self.labels[rows[:, None], positions], mask
@@ -174,7 +174,7 @@ def _activation_bytes(settings: Settings) -> int:
 
 def main() -> None:
     request = running.parse()
-    torch.set_num_threads(request.threads)
+    running.configure(request)
     workload = workloads.load(request.path)
     experiments = running.chosen(request, workload)
     lanes = Lanes(workload, experiments)

@@ -32,6 +32,7 @@ class Request:
     threads: int  # of each process
     processes: int
     experiments: tuple[int, ...]
+    dtype: str  # of weights and activations; float32 but where two sides are compared
     weights: str | None  # where to put the global weights after the first round
     started: float  # time.time() when the process was started
 
@@ -52,11 +53,20 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--processes", type=int, default=1, help="each trains experiments of its own")
     parser.add_argument("--experiments", default="", help="which, such as 0,4,8; all if left out")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--weights", help="npz to write the global weights after the first round to")
     parser.add_argument("--started", type=float, default=time.time(), help="when this process was started (time.time)")
     given = vars(parser.parse_args(argv))
     given["experiments"] = tuple(int(index) for index in given["experiments"].split(",") if index)
     return Request(**given)
+
+
+def configure(request: Request) -> None:
+    """Have PyTorch use the threads and the type that were asked for."""
+    import torch
+
+    torch.set_num_threads(request.threads)
+    torch.set_default_dtype(getattr(torch, request.dtype))
 
 
 def chosen(request: Request, workload: Workload) -> tuple[int, ...]:
@@ -106,16 +116,17 @@ def report(
 # ---- peers that train one experiment after another, in one process or several ----------------------------------------
 
 
-Prepare = Callable[[Workload, int, tuple[int, ...]], Prepared]
+Prepare = Callable[[Workload], Prepared]
 
 
 def main(prepare: Prepare, versions: Callable[[], Mapping[str, str]]) -> None:
-    """Run a peer. `prepare` gets the workload, the number of threads, and the experiments that will be asked for."""
+    """Run a peer, which `prepare` makes ready in each process."""
     request = parse()
     workload = workloads.load(request.path)
     experiments = chosen(request, workload)
     if request.processes == 1:
-        prepared = prepare(workload, request.threads, experiments)
+        configure(request)
+        prepared = prepare(workload)
         begin, started = time.perf_counter(), time.time()
         weights = {index: prepared.train(index, request.rounds) for index in experiments}
         seconds, peak, choices = time.perf_counter() - begin, peak_mb(), prepared.choices
@@ -157,7 +168,8 @@ def _in_processes(
 
 def _worker(request: Request, prepare, experiments, ready, next_one, answers) -> None:
     try:
-        prepared = prepare(workloads.load(request.path), request.threads, experiments)
+        configure(request)
+        prepared = prepare(workloads.load(request.path))
         ready.wait(timeout=600)
         begin, started = time.perf_counter(), time.time()
         weights = {}
