@@ -4,15 +4,13 @@
 
 Real MNIST, `lr` of width 4 and depth 4, batch size 128, experiments of one seed, evaluation off. Each point is a
 process of its own, so that its peak of memory is its own; the median of three rounds is shown, after one that warms
-up. Times are
-of a shared machine: read the shape of the curves, not the last digit.
+up. Times are of a shared machine: read the shape of the curves, not the last digit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,7 +32,7 @@ def measure(num_experiments: int, num_clients: int, data_dir: str) -> dict[str, 
     from fedsweep.plan.experiment import Experiment
     from fedsweep.worker.device import prepare_torch
     from fedsweep.worker.plans import choose_trainer
-    from fedsweep.worker.room import bytes_per_experiment
+    from fedsweep.worker.room import bytes_per_experiment, fixed_bytes
 
     prepare_torch()
     data = load_global_dataset("mnist", data_dir)
@@ -52,27 +50,28 @@ def measure(num_experiments: int, num_clients: int, data_dir: str) -> dict[str, 
         for place in range(num_experiments)
     ]
     trainer = choose_trainer(experiments, data, threads=2)
-    before = _resident()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
     cohort = Cohort(data, trainer)
     for place, experiment in enumerate(experiments):
         cohort.join(str(place), experiment)
-    cohort.train_round()
+    cohort.run_round()
     seconds = [_timed(cohort.train_round) for _ in range(ROUNDS)]
-    planned = num_experiments * bytes_per_experiment(experiments[0], data, trainer)
+    planned = fixed_bytes(trainer) + num_experiments * bytes_per_experiment(experiments[0], data, trainer)
     return {
         "experiments": num_experiments,
         "clients": num_clients,
         "plan": trainer.plan,
         "seconds_per_experiment": statistics.median(seconds) / num_experiments,
         "planned_mb": planned / 1e6,
-        "taken_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6,
+        "taken_mb": (_resident("VmHWM") - before) / 1e6,
     }
 
 
-def _resident() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
+def _resident(which: str) -> int:
+    """Bytes in memory, now (VmRSS) or at the peak (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
 
 
 def _timed(work: Any) -> float:

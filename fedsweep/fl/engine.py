@@ -162,12 +162,15 @@ class Cohort:
             For each experiment how many clients were left out because their weights were not finite; None where none
             was left; or why it cannot be trained.
         """
-        members = list(self._members.values())
+        # Those that are aggregated alike next to each other, so that their weights need not be copied together.
+        members = sorted(
+            self._members.values(), key=lambda member: (member.experiment.aggregator, id(member.federation.clients))
+        )
         at_once = self.most_at_once or len(members)
-        results: list[tuple[Member, int | _Failed | None]] = []
+        results: dict[str, int | _Failed | None] = {}
         for start in range(0, len(members), at_once):
-            results += self._train(members[start : start + at_once])
-        return results
+            results |= {member.name: lost for member, lost in self._train(members[start : start + at_once])}
+        return [(member, results[name]) for name, member in self._members.items()]
 
     # ---- one round ------------------------------------------------------------------------------------------------
 
@@ -219,7 +222,8 @@ class Cohort:
         trained: Tensor,  # [E, S, P]
     ) -> list[int | None]:
         """Give every member its new global weights; how many clients of each were lost, None where all were."""
-        finite = trained.isfinite().all(dim=2).cpu().numpy()  # [E, S]
+        least, most = trained.aminmax(dim=2)  # both are nan where any number is
+        finite = (least.isfinite() & most.isfinite()).cpu().numpy()  # [E, S]
         steps = _steps(members, works, finite)
         alike: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[int]] = {}
         lost: list[int | None] = []
@@ -230,7 +234,9 @@ class Cohort:
                 sizes = tuple(len(member.federation.clients[clients[slot]]) for slot in kept)
                 alike.setdefault((member.experiment.aggregator, kept, sizes), []).append(row)
         for (aggregator, kept, sizes), rows in alike.items():
-            states = [{"weights": trained[rows, slot]} for slot in kept]
+            is_range = rows[-1] - rows[0] == len(rows) - 1
+            own = trained[rows[0] : rows[-1] + 1] if is_range else trained[rows]
+            states = [{"weights": own[:, slot]} for slot in kept]
             combined = AGGREGATORS[aggregator](states, sizes)["weights"]
             for row, weights in zip(rows, combined, strict=True):
                 members[row].weights = weights

@@ -75,6 +75,7 @@ class NativeTrainer:
         self.shape = ModelShape.of(example, data)
         self.lanes = lanes
         self._library = library
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
         self._spaces = threading.local()
         library.fedsweep_workspace.restype = ctypes.c_size_t
@@ -82,6 +83,10 @@ class NativeTrainer:
     def workspace_bytes(self, lanes: int) -> int:
         """Memory that training a tile of so many lanes takes, besides the weights."""
         return int(self._library.fedsweep_workspace(ctypes.byref(self._shape(lanes, self.example.batch_size)), 1))
+
+    def fixed_bytes(self) -> int:
+        """Memory that all threads take for the tiles that they train."""
+        return self._threads * self.workspace_bytes(self.lanes)
 
     def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Tensor:
         """Train every client of `works`; see `Trainer.train`."""

@@ -22,7 +22,7 @@ from fedsweep.worker.checkpoints import Checkpoint, Origin
 from fedsweep.worker.held import HeldTasks
 from fedsweep.worker.plans import choose_trainer
 from fedsweep.worker.result import Progress, records, result_of
-from fedsweep.worker.room import free_memory, how_many_fit
+from fedsweep.worker.room import bytes_per_experiment, free_memory, how_many_fit
 from fedsweep.worker.station import Station
 
 log = logging.getLogger(__name__)
@@ -261,7 +261,8 @@ def run_cohort(station: Station, held: HeldTasks, key: str, tasks: Sequence[Task
         with station.stop.interruptible():
             data = load_global_dataset(experiments[0].dataset, station.data_dir).to(station.device.torch_name)
             trainer = choose_trainer(experiments, data, station.threads, prefer=_begun_plans(held, tasks, experiments))
-            room = how_many_fit(experiments[0], data, free_memory(station.device.torch_name), trainer)
+            largest = max(experiments, key=lambda each: bytes_per_experiment(each, data))
+            room = how_many_fit(largest, data, free_memory(station.device.torch_name), trainer)
     except Preempted:
         raise
     except Exception as error:

@@ -13,6 +13,9 @@ from fedsweep.worker.timing import Amounts
 MOST_TOGETHER = 256
 SHARE = 0.6  # of the free memory; the rest is for what the estimate does not know
 COPIES = 4  # of an experiment's own weights: the global ones, the best, those stacked for a round, a saved state
+OVERHEAD_BYTES = 45_000_000  # what PyTorch and NumPy take when they first divide, train and aggregate
+# Of a client's weights: what it returns, and for a median also stacked, in order, and their places there (int64).
+COPIES_TO_AGGREGATE = {"fedavg": 1, "fedavg_uniform": 1, "median": 5}
 LABEL_BYTES = 8
 NUMBER_BYTES = 4
 
@@ -26,7 +29,17 @@ def free_memory(device: str) -> int:
 
 def how_many_fit(experiment: Experiment, data: ImageData, free_bytes: int, trainer: Trainer | None = None) -> int:
     """How many experiments like this one fit into memory together, 1 to `MOST_TOGETHER`."""
-    return max(1, min(MOST_TOGETHER, int(SHARE * free_bytes / bytes_per_experiment(experiment, data, trainer))))
+    room = SHARE * free_bytes - fixed_bytes(trainer)
+    return max(1, min(MOST_TOGETHER, int(room / bytes_per_experiment(experiment, data, trainer))))
+
+
+def fixed_bytes(trainer: Trainer | None) -> int:
+    """Memory that training takes however many experiments there are.
+
+    A trainer may say what it takes for itself by `fixed_bytes()`.
+    """
+    own = getattr(trainer, "fixed_bytes", None)
+    return OVERHEAD_BYTES + (0 if own is None else int(own()))
 
 
 def bytes_per_experiment(experiment: Experiment, data: ImageData, trainer: Trainer | None = None) -> int:
@@ -40,7 +53,7 @@ def bytes_per_experiment(experiment: Experiment, data: ImageData, trainer: Train
     weights = ModelShape.of(experiment, data).layout.size * NUMBER_BYTES
     labels = 2 * LABEL_BYTES * len(data.train_labels)  # its own, and stacked
     logits = NUMBER_BYTES * data.num_classes * max(amounts.validation, len(data.test_labels))
-    per_lane = 2 * weights  # what a client returns, and the same among those that are aggregated
+    per_lane = COPIES_TO_AGGREGATE[experiment.aggregator] * weights
     own = getattr(trainer, "bytes_per_lane", None)
     if own is not None:
         per_lane += int(own())

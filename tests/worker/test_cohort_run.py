@@ -318,8 +318,9 @@ def test_as_many_fit_as_memory_allows(monkeypatch):
     data, experiment = load_global_dataset("digits"), from_config(SHORT)
     each = room_module.bytes_per_experiment(experiment, data)
     assert each > 16 * len(data.train_labels)
+    fixed = room_module.fixed_bytes(None)
     assert how_many_fit(experiment, data, 0) == 1
-    assert how_many_fit(experiment, data, int(10.5 * each / room_module.SHARE)) == 10
+    assert how_many_fit(experiment, data, int((10.5 * each + fixed) / room_module.SHARE)) == 10
     assert how_many_fit(experiment, data, 10**15) == room_module.MOST_TOGETHER
 
     class Hungry(LoopTrainer):
