@@ -164,7 +164,7 @@ class Cohort:
         """
         # Those that are aggregated alike next to each other, so that their weights need not be copied together.
         members = sorted(
-            self._members.values(), key=lambda member: (member.experiment.aggregator, id(member.federation.clients))
+            self._members.values(), key=lambda each: (each.experiment.aggregator, division_key(each.experiment))
         )
         at_once = self.most_at_once or len(members)
         results: dict[str, int | _Failed | None] = {}
