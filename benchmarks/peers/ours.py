@@ -27,15 +27,18 @@ from fedsweep.worker.plans import choose_trainer, sharing
 
 
 def make_trainer(experiments: list[Experiment], data: ImageData, request: running.Request) -> Trainer:
-    """What trains a cohort of these experiments: chosen on this machine now, and for float64 the same plan."""
+    """What trains a cohort of these experiments: chosen on this machine now.
+
+    For float64 the same plan; or, where vectors hold too few of those for its lanes, that with the most.
+    """
     trainer = choose_trainer(experiments, data, threads=request.threads, cache_dir=Path(request.path).parent)
     if request.dtype == "float32":
         return trainer
     if trainer.plan == "loop":
         return LoopTrainer(experiments[0], data, request.threads, dtype=torch.float64)
-    return candidates(experiments[0], data, request.threads, sharing(experiments), load_kernels(torch.float64))[
-        trainer.plan
-    ]()
+    library = load_kernels(torch.float64)
+    possible = candidates(experiments[0], data, request.threads, sharing(experiments), library)
+    return possible.get(trainer.plan, next(iter(possible.values())))()
 
 
 def image_data(workload: Workload) -> ImageData:

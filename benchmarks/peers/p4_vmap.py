@@ -4,7 +4,8 @@
 steps, so that those which have ended are left out; a lane's smaller last batch is padded, and a mask keeps the padding
 out of batch norm's statistics and of the loss. `nn.BatchNorm` cannot change its running statistics in place under
 vmap, so the module's own batch norm returns the mean and variance of the batch, from which they are updated outside.
-As many lanes are trained at a time as keep activations below a fixed size. Every lane gathers its own images.
+How many lanes are trained at a time is chosen by timing, below a fixed size of all activations. Every lane gathers its
+own images.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from workload import Settings, Workload
 
+LANES = (8, 16, 32, 64, 128, 256)
 MOST_BYTES = 512e6  # of one copy of all activations of the lanes that are trained at a time
 
 
@@ -77,7 +79,21 @@ class Lanes:
         layers = enumerate(self.model.layers)
         self.norms = [f"layers.{place}" for place, layer in layers if isinstance(layer, MaskedNorm)]
         self.gradient = vmap(grad(self._loss, has_aux=True), randomness="error")
-        self.at_once = max(1, int(MOST_BYTES // _activation_bytes(self.settings)))
+        self.at_once = LANES[0]
+
+    def tune(self, weights: dict[int, dict[str, Tensor]]) -> None:
+        """Choose how many lanes to train at a time; warms up as well."""
+        most = MOST_BYTES / _activation_bytes(self.settings)
+        self.at_once = min((lanes for lanes in LANES if lanes <= most), key=lambda lanes: self._seconds(lanes, weights))
+
+    def _seconds(self, lanes: int, weights: dict[int, dict[str, Tensor]]) -> float:
+        self.at_once = lanes
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            self.train_round(weights, 0, most_steps=2)
+            times.append(time.perf_counter() - begin)
+        return min(times)
 
     def _loss(self, parameters: dict, images: Tensor, labels: Tensor, mask: Tensor):
         logits, statistics = functional_call(self.model, parameters, (images, mask))
@@ -179,7 +195,7 @@ def main() -> None:
     experiments = running.chosen(request, workload)
     lanes = Lanes(workload, experiments)
     initial = {index: modules.tensors(workload.initial[workload.members[index].group]) for index in experiments}
-    lanes.train_round(initial, 0, most_steps=2)
+    lanes.tune(initial)
     begin, started = time.perf_counter(), time.time()
     weights, first = initial, {}
     for number in range(request.rounds):
