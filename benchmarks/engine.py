@@ -91,7 +91,7 @@ SIDES: dict[str, Side] = {
     "P1": Side(PEERS / "p1_dataloader.py", "DataLoader", "torch", BOTH, most_experiments=4, most_rounds=1),
     "P2": Side(PEERS / "p2_pfl.py", "pfl", "pfl", BOTH, most_experiments=4, most_rounds=2),
     "P3": Side(PEERS / "p3_flower.py", "Flower", "flower", (True,), most_experiments=2, most_rounds=2),
-    "P4": Side(PEERS / "p4_vmap.py", "vmap", "torch", most_rounds=1),
+    "P4": Side(PEERS / "p4_vmap.py", "vmap", "torch", most_experiments=8, most_rounds=1),
 }
 VMAP_RUNS = ("S1", "S2", "S3", "S4")  # elsewhere activations or padding leave it nothing
 
@@ -255,6 +255,8 @@ class Bench:
 
 def turns(peers: Sequence[str]) -> Iterator[str]:
     """Ours before every peer that is fast enough for it to matter, and once before all others."""
+    if not peers:
+        yield OURS
     for peer in peers:
         if peer in ("P0", "P1") or peer == peers[0]:
             yield OURS
