@@ -222,8 +222,7 @@ class Cohort:
         trained: Tensor,  # [E, S, P]
     ) -> list[int | None]:
         """Give every member its new global weights; how many clients of each were lost, None where all were."""
-        least, most = trained.aminmax(dim=2)  # both are nan where any number is
-        finite = (least.isfinite() & most.isfinite()).cpu().numpy()  # [E, S]
+        finite = _finite(trained).cpu().numpy()  # [E, S]
         steps = _steps(members, works, finite)
         alike: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[int]] = {}
         lost: list[int | None] = []
@@ -322,6 +321,14 @@ def _restored(member: Member, saved: Saved) -> Member:
         steps=saved["steps"],
         history=[RoundReport(*each) for each in saved["history"]],
     )
+
+
+def _finite(trained: Tensor) -> Tensor:
+    """Whether all numbers of a client are finite, [E, S] of [E, S, P]."""
+    finite = trained.sum(dim=2).isfinite()  # fast; a sum may overflow where no number has
+    for row, slot in (~finite).nonzero().tolist():
+        finite[row, slot] = trained[row, slot].isfinite().all()
+    return finite
 
 
 def _works(members: Sequence[Member], taking_part: Sequence[Sequence[int]]) -> list[ClientWork]:

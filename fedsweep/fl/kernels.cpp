@@ -327,6 +327,7 @@ struct Tile {
     v = trains ? arena.take(num_params) : nullptr;
     g = trains ? arena.take(num_params) : nullptr;
     stats = arena.take(num_stats);
+    cleared = arena.used;
     const std::size_t B = s.batch;
     x = arena.take(B * image_size);
     logits = arena.take(B * last.c.padded());
@@ -361,6 +362,10 @@ struct Tile {
     bytes = arena.used;
   }
   std::size_t bytes = 0;
+  std::size_t cleared = 0;
+
+  // Padding is zero in all that is kept over steps, and velocities begin at zero; the rest is written before it is read.
+  void clear() { std::memset(reinterpret_cast<char*>(w), 0, cleared); }
 
   Columns columns_of_last_input() const { return columns(last.k * T); }
 
@@ -782,6 +787,8 @@ struct Tile {
   void backward_cnn(int rows) {
     const Columns c = columns_of_last_input();
     linear_input_grad(last, logits, c, wide_grad, rows);
+    std::fill(da[0], da[0] + std::size_t(rows) * hidden.back().out_side * hidden.back().out_side * hidden.back().c.cb(),
+              S(0));
     unflatten(rows, c, da[0]);
     const int cb = hidden.back().c.cb();
     std::fill(sums, sums + 2 * cb, S(0));
@@ -910,7 +917,7 @@ void fedsweep_train(const Shape* shape, const uint8_t* images, const S* table, c
                     int64_t samples, const int64_t* const* labels, const S* const* weights, S* const* out,
                     const S* lr, const S* momentum, const S* decay, const S* max_norm, char* workspace) {
   Tile tile(*shape, workspace, true);
-  std::memset(workspace, 0, tile.bytes);
+  tile.clear();
   tile.pack(weights);
   for (int64_t epoch = 0; epoch < epochs; ++epoch)
     for (int64_t first = 0; first < samples; first += shape->batch) {
@@ -930,7 +937,7 @@ void fedsweep_train(const Shape* shape, const uint8_t* images, const S* table, c
 void fedsweep_logits(const Shape* shape, const uint8_t* images, const S* table, int64_t count,
                      const S* const* weights, S* const* out, char* workspace) {
   Tile tile(*shape, workspace, false);
-  std::memset(workspace, 0, tile.bytes);
+  tile.clear();
   tile.pack(weights);
   tile.use_running_statistics();
   const int cb = tile.last.c.cb();

@@ -141,7 +141,8 @@ class Trainer(Protocol):
         """Train every client of `works` from its experiment's global weights, as `reference.train_client` does.
 
         Returns:
-            [E, num_slots, P], the clients' weights; where no client was trained, anything.
+            [E, num_slots, P], the clients' weights; where no client was trained, anything. It is the caller's until
+            the next call.
         """
 
     def logits(self, weights: Tensor, images: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class NativeTrainer:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads)
         self._spaces = threading.local()
+        self._trained: Tensor | None = None
         library.fedsweep_workspace.restype = ctypes.c_size_t
 
     def workspace_bytes(self, lanes: int) -> int:
@@ -91,7 +92,7 @@ class NativeTrainer:
     def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Tensor:
         """Train every client of `works`; see `Trainer.train`."""
         weights, labels = inputs.weights.contiguous(), inputs.labels.contiguous()
-        trained = torch.empty(len(weights), num_slots, weights.shape[1], dtype=weights.dtype)
+        trained = self._room_for(len(weights), num_slots, weights)
         table = _table(weights.dtype)
         settings = torch.stack([inputs.lr, inputs.momentum, inputs.weight_decay, inputs.max_grad_norm])
         settings = settings.to(weights.dtype)  # [4, E]
@@ -127,6 +128,13 @@ class NativeTrainer:
                 first += size
         self._run(jobs)
         return trained
+
+    def _room_for(self, experiments: int, num_slots: int, weights: Tensor) -> Tensor:
+        """Where the clients' weights go: the same memory round after round, since new memory is slow to touch."""
+        size = (experiments, num_slots, weights.shape[1])
+        if self._trained is None or self._trained.shape != size or self._trained.dtype != weights.dtype:
+            self._trained = torch.zeros(size, dtype=weights.dtype)
+        return self._trained
 
     def logits(self, weights: Tensor, images: Tensor) -> Tensor:
         """Logits of images by each model; see `Trainer.logits`."""

@@ -102,12 +102,15 @@ class Checkpoints:
         return None
 
     def remove(self, signature: str) -> None:
-        """Forget the checkpoint of an experiment, if there is one."""
-        if self.folder is not None:
-            try:
-                self._path(signature).unlink(missing_ok=True)
-            except OSError as error:
-                log.warning("%s cannot be removed: %s", self._path(signature), error)
+        """Forget the checkpoint of an experiment, if there is one, and what a killed worker left of another."""
+        if self.folder is None:
+            return
+        path = self._path(signature)
+        try:
+            for each in (path, *self.folder.glob(f"{path.stem}-*{UNFINISHED}")):
+                each.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s", path, error)
 
     def _path(self, signature: str) -> Path:
         assert self.folder is not None

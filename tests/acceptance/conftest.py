@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-TIME_AND_PLACE = {"wall_time_s", "device", "worker", "fedsweep_version", "torch_version", "finished_at"}
+TIME_AND_PLACE = {"wall_time_s", "device", "plan", "worker", "fedsweep_version", "torch_version", "finished_at"}
 
 
 @dataclass
