@@ -8,6 +8,7 @@ back in its own type. Running statistics of batch norm follow the rule of the we
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,11 +43,50 @@ def _mean(tensors: Sequence[Tensor], weights: Sequence[int]) -> Tensor:
 
 
 def _median(tensors: Sequence[Tensor]) -> Tensor:
-    ordered = torch.stack(tuple(tensors)).sort(dim=0).values  # [K, …]
-    middle = len(tensors) // 2
-    if len(tensors) % 2 == 1:
-        return ordered[middle]
-    return ordered[middle - 1].double().add_(ordered[middle]).div_(2)
+    # All coordinates at once through a sorting network: on a CPU many times faster than sorting each by itself.
+    if len(tensors) == 1:
+        return tensors[0].clone()
+    values = list(tensors)
+    for low, high, wants_low, wants_high in _network(len(values)):
+        one, other = values[low], values[high]
+        if wants_low:
+            values[low] = torch.minimum(one, other)
+        if wants_high:
+            values[high] = torch.maximum(one, other)
+    middle = len(values) // 2
+    if len(values) % 2 == 1:
+        return values[middle]
+    return values[middle - 1].double().add_(values[middle]).div_(2)
+
+
+@cache
+def _network(size: int) -> tuple[tuple[int, int, bool, bool], ...]:
+    """What to compare so that the middle one or two of so many values come to their places.
+
+    Batcher's merge exchange (Knuth, *The Art of Computer Programming* 3, 5.2.2, algorithm M), less what the middle does
+    not need.
+
+    Returns:
+        In order: two places, and whether the smaller one at the first and the larger one at the second is needed.
+    """
+    top = 1 << max(0, (size - 1).bit_length() - 1)
+    comparisons = []
+    step = top
+    while step > 0:
+        reach, offset, apart = top, 0, step
+        while True:
+            comparisons += [(low, low + apart) for low in range(size - apart) if low & step == offset]
+            if reach == step:
+                break
+            apart, reach, offset = reach - step, reach // 2, step
+        step //= 2
+    needed = {size // 2, (size - 1) // 2}
+    kept = []
+    for low, high in reversed(comparisons):
+        if low in needed or high in needed:
+            kept.append((low, high, low in needed, high in needed))
+            needed |= {low, high}
+    return tuple(reversed(kept))
 
 
 def _combined(states: Sequence[State], rule: Callable[[Sequence[Tensor]], Tensor]) -> dict[str, Tensor]:

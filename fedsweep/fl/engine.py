@@ -334,15 +334,16 @@ def _finite(trained: Tensor) -> Tensor:
 def _works(members: Sequence[Member], taking_part: Sequence[Sequence[int]]) -> list[ClientWork]:
     """What is to be trained: each client once for all the experiments that see its images in the same order."""
     lanes: dict[tuple[object, ...], list[tuple[int, int]]] = {}
-    orders: dict[tuple[object, ...], Callable[[], np.ndarray[Any, Any]]] = {}
+    orders: dict[tuple[object, ...], tuple[int, int, Callable[[], np.ndarray[Any, Any]]]] = {}
     for row, (member, clients) in enumerate(zip(members, taking_part, strict=True)):
         division = id(member.federation.clients)
         for slot, client in enumerate(clients):
             key = (division, member.experiment.seed, member.next_round, client, *_ordering(member, client))
             lanes.setdefault(key, []).append((row, slot))
-            orders.setdefault(key, _order_of(member, client))
+            if key not in orders:
+                orders[key] = _order_of(member, client)
     return [
-        ClientWork(tuple(row for row, _ in places), tuple(slot for _, slot in places), orders[key]())
+        ClientWork(tuple(row for row, _ in places), tuple(slot for _, slot in places), *orders[key])
         for key, places in lanes.items()
     ]
 
@@ -357,10 +358,15 @@ def _ordering(member: Member, client: int) -> tuple[object, ...]:
     return member.experiment.data_ordering, poisoned.tobytes()
 
 
-def _order_of(member: Member, client: int) -> Callable[[], np.ndarray[Any, Any]]:
+def _order_of(member: Member, client: int) -> tuple[int, int, Callable[[], np.ndarray[Any, Any]]]:
+    """Epochs, samples, and what draws their order."""
     own, number = member.federation.clients[client], member.next_round
-    poisoned = member.federation.poisoning.poisoned[own]
-    return lambda: own[np.stack(epoch_orders(member.experiment, poisoned, number, client))]
+
+    def draw() -> np.ndarray[Any, Any]:
+        poisoned = member.federation.poisoning.poisoned[own]
+        return own[np.stack(epoch_orders(member.experiment, poisoned, number, client))]
+
+    return member.experiment.local_epochs, len(own), draw
 
 
 def _steps(members: Sequence[Member], works: Sequence[ClientWork], finite: np.ndarray[Any, Any]) -> list[int]:

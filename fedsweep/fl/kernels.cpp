@@ -67,6 +67,14 @@ inline vec pattern(const S* p) {
   else return repeat<P>(p, std::make_index_sequence<VL>());
 }
 
+template <int N>
+struct Factorials {  // 1 / k!
+  double of[N + 1] = {1};
+  constexpr Factorials() {
+    for (int k = 1; k <= N; ++k) of[k] = of[k - 1] / k;
+  }
+};
+
 // e to the x, for x <= 0; nan stays nan. Within 2 units in the last place.
 inline vec exp_of(vec x) {
   const S lowest = IS_FLOAT ? -87 : -708;
@@ -77,12 +85,28 @@ inline vec exp_of(vec x) {
   const vec r = IS_FLOAT ? (x - n * S(0.693359375)) - n * S(-2.12194440e-4)
                          : (x - n * S(6.93147180369123816490e-01)) - n * S(1.90821492927058770002e-10);
   constexpr int TERMS = IS_FLOAT ? 8 : 14;
-  vec sum = all(1);
-  for (int k = TERMS; k > 0; --k) sum = sum * r * S(1.0 / k) + S(1);
+  constexpr Factorials<TERMS> inverse;
+  vec sum = all(S(inverse.of[TERMS]));
+  for (int k = TERMS; k > 0; --k) sum = sum * r + S(inverse.of[k - 1]);
   const ivec power = (whole + (IS_FLOAT ? 127 : 1023)) << (IS_FLOAT ? 23 : 52);
   vec two_to_n;
   std::memcpy(&two_to_n, &power, sizeof power);
   return sum * two_to_n;
+}
+
+template <int apart, std::size_t... i>
+inline void exchange(vec& a, vec& b, std::index_sequence<i...>) {
+  const vec upper = __builtin_shufflevector(a, b, (int(i) & apart ? VL + int(i) - apart : int(i))...);
+  b = __builtin_shufflevector(a, b, (int(i) & apart ? VL + int(i) : int(i) + apart)...);
+  a = upper;
+}
+
+// A square block in place: quarters change places, then those of the quarters, and so on (Eklundh 1972).
+template <int apart>
+inline void transpose(vec* rows) {
+  for (int i = 0; i < VL; ++i)
+    if (!(i & apart)) exchange<apart>(rows[i], rows[i + apart], std::make_index_sequence<VL>());
+  if constexpr (apart > 1) transpose<apart / 2>(rows);
 }
 
 // ---- columns and parameters
@@ -295,6 +319,7 @@ struct Shape {
   int32_t is_cnn, width, depth, classes, channels, side, batch, lanes;
 };
 
+constexpr int AHEAD = 4;  // images, and labels, lie anywhere in memory: ask for those of so many images later
 constexpr S EPS = S(1e-5);
 constexpr S STAT_MOMENTUM = S(0.1);
 
@@ -314,7 +339,8 @@ struct Tile {
   std::vector<Layer> hidden;
   Layer last;
   std::size_t num_params = 0, num_stats = 0;
-  S *w, *v, *g, *stats, *x, *logits, *wide_in, *wide_grad, *turned, *pad_in, *pad_dz;
+  const S* w;  // the weights now: packed global ones, then `trained`
+  S *trained, *v, *g, *stats, *x, *logits, *wide_in, *wide_grad, *turned, *pad_in, *pad_dz;
   std::vector<S*> z, a, mean, inv, scale, shift;
   S *da[2], *sums;
   int image_size;
@@ -323,11 +349,10 @@ struct Tile {
     image_size = s.channels * s.side * s.side;
     plan();
     Arena arena{memory};
-    w = arena.take(num_params);
+    trained = trains ? arena.take(num_params) : nullptr;
     v = trains ? arena.take(num_params) : nullptr;
     g = trains ? arena.take(num_params) : nullptr;
     stats = arena.take(num_stats);
-    cleared = arena.used;
     const std::size_t B = s.batch;
     x = arena.take(B * image_size);
     logits = arena.take(B * last.c.padded());
@@ -362,10 +387,11 @@ struct Tile {
     bytes = arena.used;
   }
   std::size_t bytes = 0;
-  std::size_t cleared = 0;
 
-  // Padding is zero in all that is kept over steps, and velocities begin at zero; the rest is written before it is read.
-  void clear() { std::memset(reinterpret_cast<char*>(w), 0, cleared); }
+  void begin(const S* packed) {
+    w = packed;
+    std::memcpy(stats, packed + num_params, num_stats * sizeof(S));
+  }
 
   Columns columns_of_last_input() const { return columns(last.k * T); }
 
@@ -398,52 +424,83 @@ struct Tile {
     place(last, features, s.classes, false);
   }
 
-  // -- between PyTorch's order of one lane and ours of T. Lanes that are not there repeat the first one.
+  // -- between PyTorch's order of one lane and ours of T
 
-  template <class Move>
-  void each_place(Move move) const {  // move(place in a lane's row, place among ours, whether it is a statistic)
+  // Calls matrix(place in a lane's row, layer) and vector(place in a lane's row, place among ours, units) for all that
+  // a model is made of; statistics come after the parameters.
+  template <class Matrix, class Vector>
+  void each_part(Matrix matrix, Vector vector) const {
     std::size_t at = 0;
-    auto matrix = [&](const Layer& layer) {
-      for (int u = 0; u < layer.units; ++u)
-        for (int k = 0; k < layer.k; ++k) {
-          const int column = u * T, cb = layer.c.cb();
-          move(at++, layer.w + (std::size_t(column / cb) * layer.k + k) * cb + column % cb, false);
-        }
-    };
-    auto row = [&](const Layer& layer, std::size_t base, bool is_stat) {
-      for (int u = 0; u < layer.units; ++u) move(at++, base + u * T, is_stat);
-    };
+    auto part = [&](std::size_t place, int units) { vector(at, place, units), at += units; };
     for (const Layer& layer : hidden) {
-      matrix(layer);
-      row(layer, layer.bias, false), row(layer, layer.gamma, false), row(layer, layer.beta, false);
-      row(layer, layer.mean, true), row(layer, layer.var, true);
+      matrix(at, layer), at += std::size_t(layer.units) * layer.k;
+      for (const std::size_t place : {layer.bias, layer.gamma, layer.beta}) part(place, layer.units);
+      for (const std::size_t place : {layer.mean, layer.var}) part(num_params + place, layer.units);
     }
-    matrix(last);
-    row(last, last.bias, false);
+    matrix(at, last), at += std::size_t(last.units) * last.k;
+    part(last.bias, last.units);
   }
 
-  void pack(const S* const* rows) {
-    each_place([&](std::size_t from, std::size_t to, bool is_stat) {
-      S* at = (is_stat ? stats : w) + to;
-      for (int l = 0; l < T; ++l) at[l] = rows[l][from];
-    });
+  // Weights of T lanes in our order, padded with zeros.
+  void pack(const S* const* rows, S* packed) const {
+    std::fill(packed, packed + num_params + num_stats, S(0));
+    each_part(
+        [&](std::size_t from, const Layer& layer) {
+          const int cb = layer.c.cb();
+          for (int u = 0; u < layer.units; ++u) {
+            S* to = packed + layer.w + std::size_t(u * T / cb) * layer.k * cb + u * T % cb;
+            for (int k = 0; k < layer.k; ++k, to += cb, ++from)
+              for (int l = 0; l < T; ++l) to[l] = rows[l][from];
+          }
+        },
+        [&](std::size_t from, std::size_t to, int units) {
+          for (int u = 0; u < units; ++u)
+            for (int l = 0; l < T; ++l) packed[to + u * T + l] = rows[l][from + u];
+        });
   }
 
+  // The other way, from the weights and statistics now; lanes without a row are left out.
   void unpack(S* const* rows) const {
-    each_place([&](std::size_t to, std::size_t from, bool is_stat) {
-      const S* at = (is_stat ? stats : w) + from;
-      for (int l = 0; l < T; ++l)
-        if (rows[l]) rows[l][to] = at[l];
-    });
+    each_part([&](std::size_t to, const Layer& layer) { unpack_matrix(rows, to, layer); },
+              [&](std::size_t to, std::size_t from, int units) {
+                const S* ours = from < num_params ? w + from : stats + (from - num_params);
+                for (int u = 0; u < units; ++u)
+                  for (int l = 0; l < T; ++l)
+                    if (rows[l]) rows[l][to + u] = ours[u * T + l];
+              });
+  }
+
+  void unpack_matrix(S* const* rows, std::size_t to, const Layer& layer) const {
+    const int cb = layer.c.cb();
+    for (int c = 0; c < layer.c.real; c += VL) {
+      const S* ours = w + layer.w + std::size_t(c / cb) * layer.k * cb + c % cb;
+      for (int k = 0; k < layer.k; k += VL) {
+        const int count = std::min(VL, layer.k - k);
+        vec block[VL];
+        for (int i = 0; i < VL; ++i) block[i] = i < count ? load(ours + std::size_t(k + i) * cb) : vec{};
+        transpose<VL / 2>(block);
+        for (int i = 0; i < VL && c + i < layer.c.real; ++i) {
+          S* row = rows[(c + i) % T];
+          if (!row) continue;
+          row += to + std::size_t((c + i) / T) * layer.k + k;
+          if (count == VL) store(row, block[i]);
+          else std::memcpy(row, &block[i], count * sizeof(S));
+        }
+      }
+    }
   }
 
   // -- forward
 
   void gather(const uint8_t* images, const S* table, const int64_t* order, int rows) {
+    auto image_at = [&](int b) { return images + std::size_t(order ? order[b] : b) * image_size; };
     for (int b = 0; b < rows; ++b) {
-      const uint8_t* image = images + std::size_t(order ? order[b] : b) * image_size;
-      S* to = x + std::size_t(b) * image_size;
-      for (int i = 0; i < image_size; ++i) to[i] = table[image[i]];
+      if (b + AHEAD < rows)
+        for (int i = 0; i < image_size; i += BYTES) __builtin_prefetch(image_at(b + AHEAD) + i);
+      const uint8_t* __restrict image = image_at(b);
+      const S* __restrict known = table;
+      S* __restrict to = x + std::size_t(b) * image_size;
+      for (int i = 0; i < image_size; ++i) to[i] = known[image[i]];
     }
   }
 
@@ -629,33 +686,36 @@ struct Tile {
 
   // Logits become the gradient of the mean cross-entropy.
   void loss_gradient(const int64_t* const* labels, const int64_t* order, int rows) {
-    const int cb = last.c.cb();
-    const S share = S(1) / S(rows);
-    for (int b = 0; b < rows; ++b) {
-      auto at = [&](int u) { return logits + (std::size_t(u * T / cb) * s.batch + b) * cb + u * T % cb; };
-      vec most = lanes(at(0));
-      for (int u = 1; u < s.classes; ++u) {
-        const vec y = lanes(at(u));
-        most = y > most ? y : most;
-      }
-      vec total = {};
-      for (int u = 0; u < s.classes; ++u) {
-        const vec e = exp_of(lanes(at(u)) - most);
-        total += e;
-        put_lanes(at(u), e);
-      }
-      const vec factor = share / total;
-      for (int u = 0; u < s.classes; ++u) put_lanes(at(u), lanes(at(u)) * factor);
-      for (int l = 0; l < T; ++l) at(int(labels[l][order[b]]))[l] -= share;
+    switch (T) {
+      case 1: return loss_gradient_of<1>(labels, order, rows);
+      case 2: return loss_gradient_of<2>(labels, order, rows);
+      case 4: return loss_gradient_of<4>(labels, order, rows);
+      case 8: return loss_gradient_of<8>(labels, order, rows);
+      default: return loss_gradient_of<VL>(labels, order, rows);
     }
   }
 
-  vec lanes(const S* p) const {  // T numbers, the rest of the vector whatever
-    vec v = {};
-    std::memcpy(&v, p, T * sizeof(S));
-    return v;
+  template <int P>
+  void loss_gradient_of(const int64_t* const* labels, const int64_t* order, int rows) {
+    typedef S part __attribute__((vector_size(P * sizeof(S)), aligned(sizeof(S)), may_alias));  // one class, P lanes
+    const int cb = last.c.cb();
+    const S share = S(1) / S(rows);
+    for (int b = 0; b < rows; ++b) {
+      auto at = [&](int column) { return logits + (std::size_t(column / cb) * s.batch + b) * cb + column % cb; };
+      for (int l = 0; l < P; ++l) __builtin_prefetch(&labels[l][order[std::min(b + AHEAD, rows - 1)]]);
+      auto lanes = [&](int u) -> part& { return *reinterpret_cast<part*>(at(u * P)); };
+      part most = lanes(0);
+      for (int u = 1; u < s.classes; ++u) most = lanes(u) > most ? lanes(u) : most;
+      const vec largest = pattern<P>(reinterpret_cast<const S*>(&most));
+      for (int c = 0; c < last.c.padded(); c += VL) store(at(c), exp_of(load(at(c)) - largest));
+      for (int c = last.c.real; c < last.c.padded(); ++c) *at(c) = 0;
+      part total = {};
+      for (int u = 0; u < s.classes; ++u) total += lanes(u);
+      const part factor = share / total;
+      for (int u = 0; u < s.classes; ++u) lanes(u) *= factor;
+      for (int l = 0; l < P; ++l) at(int(labels[l][order[b]]) * P)[l] -= share;
+    }
   }
-  void put_lanes(S* p, vec v) const { std::memcpy(p, &v, T * sizeof(S)); }
 
   void column_sums(const S* rows_of, int rows, const Columns& c, S* out) const {
     const int cb = c.cb();
@@ -879,7 +939,9 @@ struct Tile {
     }
   }
 
-  void step(const S* lr, const S* momentum, const S* decay, const S* max_norm) {
+  // settings: learning rate, momentum, weight decay and largest norm of each lane.
+  void step(const S* const* settings, bool is_first) {
+    const S* max_norm = settings[3];
     double squares[VL] = {};
     for (const Layer& layer : hidden) {
       add_squares(layer.w, layer.k, layer.c, squares);
@@ -893,14 +955,16 @@ struct Tile {
       const S norm = S(std::sqrt(squares[l]));
       const S factor = std::isinf(max_norm[l]) ? S(1) : max_norm[l] / (norm + S(1e-6));
       clip[n] = factor > 1 ? S(1) : factor;
-      rate[n] = lr[l], keep[n] = momentum[l], shrink[n] = decay[l];
+      rate[n] = settings[0][l], keep[n] = settings[1][l], shrink[n] = settings[2][l];
     }
     for (std::size_t i = 0; i < num_params; i += VL) {
       const vec weight = load(w + i);
-      const vec velocity = keep * load(v + i) + (clip * load(g + i) + shrink * weight);
+      vec velocity = clip * load(g + i) + shrink * weight;
+      if (!is_first) velocity += keep * load(v + i);
       store(v + i, velocity);
-      store(w + i, weight - rate * velocity);
+      store(trained + i, weight - rate * velocity);
     }
+    w = trained;
   }
 };
 
@@ -912,13 +976,24 @@ int fedsweep_vector_length() { return VL; }
 
 std::size_t fedsweep_workspace(const Shape* shape, int trains) { return Tile(*shape, nullptr, trains).bytes; }
 
-// One client's training in a round, for the lanes of a tile, from their global weights to their own.
+// Numbers that the packed weights of a tile have.
+std::size_t fedsweep_packed(const Shape* shape) {
+  const Tile tile(*shape, nullptr, false);
+  return tile.num_params + tile.num_stats;
+}
+
+// The global weights of a tile's lanes, in PyTorch's order, to those that the kernels take.
+void fedsweep_pack(const Shape* shape, const S* const* weights, S* packed) {
+  Tile(*shape, nullptr, false).pack(weights, packed);
+}
+
+// One client's training in a round, for the lanes of a tile, from their packed global weights to their own.
 void fedsweep_train(const Shape* shape, const uint8_t* images, const S* table, const int64_t* order, int64_t epochs,
-                    int64_t samples, const int64_t* const* labels, const S* const* weights, S* const* out,
-                    const S* lr, const S* momentum, const S* decay, const S* max_norm, char* workspace) {
+                    int64_t samples, const int64_t* const* labels, const S* packed, S* const* out,
+                    const S* const* settings, char* workspace) {
   Tile tile(*shape, workspace, true);
-  tile.clear();
-  tile.pack(weights);
+  tile.begin(packed);
+  bool is_first = true;
   for (int64_t epoch = 0; epoch < epochs; ++epoch)
     for (int64_t first = 0; first < samples; first += shape->batch) {
       const int rows = int(std::min<int64_t>(shape->batch, samples - first));
@@ -928,17 +1003,17 @@ void fedsweep_train(const Shape* shape, const uint8_t* images, const S* table, c
       tile.forward(rows, true);
       tile.loss_gradient(labels, batch, rows);
       tile.backward(rows);
-      tile.step(lr, momentum, decay, max_norm);
+      tile.step(settings, is_first);
+      is_first = false;
     }
   tile.unpack(out);
 }
 
 // Logits of images by the models of a tile, with running statistics.
-void fedsweep_logits(const Shape* shape, const uint8_t* images, const S* table, int64_t count,
-                     const S* const* weights, S* const* out, char* workspace) {
+void fedsweep_logits(const Shape* shape, const uint8_t* images, const S* table, int64_t count, const S* packed,
+                     S* const* out, char* workspace) {
   Tile tile(*shape, workspace, false);
-  tile.clear();
-  tile.pack(weights);
+  tile.begin(packed);
   tile.use_running_statistics();
   const int cb = tile.last.c.cb();
   for (int64_t first = 0; first < count; first += shape->batch) {

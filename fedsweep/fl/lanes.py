@@ -9,7 +9,7 @@ modules (`fl.loop`), stacked along a leading axis (`fl.stacked`), or by compiled
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -121,12 +121,29 @@ class ClientWork:
 
     lanes: tuple[int, ...]  # rows of `LaneInputs`, one or more
     slots: tuple[int, ...]  # for each of them the client's place among the participants, 0 … S-1
-    order: NDArray[np.int64]  # [local_epochs, n] positions in the whole training set
+    epochs: int
+    samples: int  # n
+    draw: Callable[[], NDArray[np.int64]]  # makes `order`, when it is asked for: other clients may be training by then
+
+    @classmethod
+    def of(cls, lanes: tuple[int, ...], slots: tuple[int, ...], order: NDArray[np.int64]) -> ClientWork:
+        """Work in a given order, [local_epochs, n]."""
+        epochs, samples = order.shape
+        return cls(lanes, slots, epochs, samples, lambda: order)
+
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """Positions in the whole training set, [local_epochs, n]."""
+        return self.draw()
+
+    @property
+    def images(self) -> int:
+        """Images that each lane sees."""
+        return self.epochs * self.samples
 
     def steps(self, batch_size: int) -> int:
         """Training steps: batches of one sample are left out."""
-        epochs, samples = self.order.shape
-        return int(epochs * (samples // batch_size + (samples % batch_size > 1)))
+        return int(self.epochs * (self.samples // batch_size + (self.samples % batch_size > 1)))
 
 
 class Trainer(Protocol):

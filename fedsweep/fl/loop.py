@@ -53,7 +53,7 @@ class LoopTrainer:
     def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Tensor:
         """Train every client of `works`; see `Trainer.train`."""
         trained = inputs.weights.new_empty(len(inputs.weights), num_slots, inputs.weights.shape[1])
-        longest_first = sorted(works, key=lambda work: -work.order.size)
+        longest_first = sorted(works, key=lambda work: -work.images)
 
         def job(work: ClientWork, lane: int, slot: int) -> Callable[[], None]:
             return lambda: self._train_lane(inputs, work, lane, trained[lane, slot])

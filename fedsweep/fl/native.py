@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -49,6 +51,17 @@ def tiles(num_lanes: int, most: int) -> list[int]:
     return sizes
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """What the clients of a round have in common that are trained for the same lanes."""
+
+    shape: _Shape
+    labels: ctypes.Array[ctypes.c_void_p]  # for each lane [N]
+    packed: Tensor  # the global models
+    settings: Tensor  # [4, T]: learning rate, momentum, weight decay, largest norm
+    setting_rows: ctypes.Array[ctypes.c_void_p]
+
+
 class NativeTrainer:
     """Trains tiles of lanes by the compiled kernels, each in one call, so many at the same time."""
 
@@ -79,7 +92,7 @@ class NativeTrainer:
         self._pool = ThreadPoolExecutor(threads)
         self._spaces = threading.local()
         self._trained: Tensor | None = None
-        library.fedsweep_workspace.restype = ctypes.c_size_t
+        library.fedsweep_workspace.restype = library.fedsweep_packed.restype = ctypes.c_size_t
 
     def workspace_bytes(self, lanes: int) -> int:
         """Memory that training a tile of so many lanes takes, besides the weights."""
@@ -93,40 +106,50 @@ class NativeTrainer:
         """Train every client of `works`; see `Trainer.train`."""
         weights, labels = inputs.weights.contiguous(), inputs.labels.contiguous()
         trained = self._room_for(len(weights), num_slots, weights)
+        start, row = trained.data_ptr(), trained.stride(1) * trained.element_size()
         table = _table(weights.dtype)
         settings = torch.stack([inputs.lr, inputs.momentum, inputs.weight_decay, inputs.max_grad_norm])
         settings = settings.to(weights.dtype)  # [4, E]
 
-        def job(work: ClientWork, order: Tensor, lanes: list[int], slots: list[int], size: int) -> Callable[[], None]:
+        @cache
+        def tile(lanes: tuple[int, ...], size: int) -> _Tile:
+            filled = _filled(lanes, size)
+            shape = self._shape(size, self.example.batch_size)
+            packed = self._packed(shape, weights, filled)
+            own = settings[:, filled].contiguous()
+            return _Tile(shape, _rows(labels, filled), packed, own, _rows(own, range(4)))
+
+        def job(work: ClientWork, order: Tensor, part: slice, size: int) -> Callable[[], None]:
+            lanes, slots = work.lanes[part], work.slots[part]
+            own = tile(lanes, size)
+            places = [start + (lane * num_slots + slot) * row for lane, slot in zip(lanes, slots, strict=True)]
+
             def run() -> None:
-                filled = _filled(lanes, size)
-                own = settings[:, filled].contiguous()
-                shape = self._shape(size, self.example.batch_size)
                 self._library.fedsweep_train(
-                    ctypes.byref(shape),
+                    ctypes.byref(own.shape),
                     _at(self.data.train_images),
                     _at(table),
                     _at(order),
                     ctypes.c_int64(order.shape[0]),
                     ctypes.c_int64(order.shape[1]),
-                    _rows(labels, filled),
-                    _rows(weights, filled),
-                    _pointers([_address(trained[lane, slot]) for lane, slot in zip(lanes, slots, strict=True)], size),
-                    *(_at(setting) for setting in own),
-                    self._space(shape, trains=True),
+                    own.labels,
+                    _at(own.packed),
+                    _pointers(places, size),
+                    own.setting_rows,
+                    self._space(own.shape, trains=True),
                 )
 
             return run
 
-        jobs = []
-        for work in sorted(works, key=lambda work: -work.order.size):
-            order = torch.from_numpy(np.ascontiguousarray(work.order))
-            first = 0
-            for size in tiles(len(work.lanes), self.lanes):
-                part = slice(first, first + size)
-                jobs.append(job(work, order, list(work.lanes[part]), list(work.slots[part]), size))
-                first += size
-        self._run(jobs)
+        def jobs() -> Iterator[Callable[[], None]]:
+            for work in sorted(works, key=lambda work: -work.images):
+                order = torch.from_numpy(np.ascontiguousarray(work.order))
+                first = 0
+                for size in tiles(len(work.lanes), self.lanes):
+                    yield job(work, order, slice(first, first + size), size)
+                    first += size
+
+        self._run(jobs())
         return trained
 
     def _room_for(self, experiments: int, num_slots: int, weights: Tensor) -> Tensor:
@@ -142,34 +165,43 @@ class NativeTrainer:
         out = torch.empty(len(weights), len(images), self.shape.num_classes, dtype=weights.dtype)
         table = _table(weights.dtype)
 
-        def job(rows: list[int], size: int, first: int, last: int) -> Callable[[], None]:
+        def job(shape: _Shape, packed: Tensor, rows: range, first: int, last: int) -> Callable[[], None]:
             def run() -> None:
-                shape = self._shape(size, APPLIED)
                 part = out[:, first:last]
                 self._library.fedsweep_logits(
                     ctypes.byref(shape),
                     _at(images[first:last]),
                     _at(table),
                     ctypes.c_int64(last - first),
-                    _rows(weights, _filled(rows, size)),
-                    _pointers([_address(part[row]) for row in rows], size),
+                    _at(packed),
+                    _pointers([part[row].data_ptr() for row in rows], shape.lanes),
                     self._space(shape, trains=False),
                 )
 
             return run
 
-        jobs, row = [], 0
-        for size in tiles(len(weights), self.lanes):
-            rows = list(range(row, min(row + size, len(weights))))
-            for first in range(0, len(images), 16 * APPLIED):
-                jobs.append(job(rows, size, first, min(first + 16 * APPLIED, len(images))))
-            row += size
-        self._run(jobs)
+        def jobs() -> Iterator[Callable[[], None]]:
+            row = 0
+            for size in tiles(len(weights), self.lanes):
+                rows = range(row, min(row + size, len(weights)))
+                shape = self._shape(size, APPLIED)
+                packed = self._packed(shape, weights, _filled(tuple(rows), size))
+                for first in range(0, len(images), 16 * APPLIED):
+                    yield job(shape, packed, rows, first, min(first + 16 * APPLIED, len(images)))
+                row += size
+
+        self._run(jobs())
         return out
 
-    def _run(self, jobs: Sequence[Callable[[], None]]) -> None:
+    def _run(self, jobs: Iterable[Callable[[], None]]) -> None:
         for done in [self._pool.submit(job) for job in jobs]:
             done.result()
+
+    def _packed(self, shape: _Shape, weights: Tensor, rows: Sequence[int]) -> Tensor:
+        """The models of a tile as the kernels take them."""
+        packed = torch.empty(int(self._library.fedsweep_packed(ctypes.byref(shape))), dtype=weights.dtype)
+        self._library.fedsweep_pack(ctypes.byref(shape), _rows(weights, rows), _at(packed))
+        return packed
 
     def _shape(self, lanes: int, batch: int) -> _Shape:
         shape = self.shape
@@ -198,13 +230,9 @@ def _table(dtype: torch.dtype) -> Tensor:
     return normalised(torch.arange(256, dtype=torch.uint8)).to(dtype)
 
 
-def _filled(lanes: list[int], size: int) -> list[int]:
+def _filled(lanes: tuple[int, ...], size: int) -> list[int]:
     """The lanes of a tile; places that are left repeat the first, and what comes of them is dropped."""
-    return lanes + [lanes[0]] * (size - len(lanes))
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr()
+    return [*lanes, *[lanes[0]] * (size - len(lanes))]
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

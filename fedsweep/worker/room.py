@@ -12,10 +12,10 @@ from fedsweep.worker.timing import Amounts
 
 MOST_TOGETHER = 256
 SHARE = 0.6  # of the free memory; the rest is for what the estimate does not know
-COPIES = 4  # of an experiment's own weights: the global ones, the best, those stacked for a round, a saved state
+COPIES = 5  # of an experiment's weights: the global ones, the best, stacked and packed for a round, a saved state
 OVERHEAD_BYTES = 45_000_000  # what PyTorch and NumPy take when they first divide, train and aggregate
-# Of a client's weights: what it returns, and for a median also stacked, in order, and their places there (int64).
-COPIES_TO_AGGREGATE = {"fedavg": 1, "fedavg_uniform": 1, "median": 5}
+# Of a client's weights: what it returns, and for a median also what has been compared.
+COPIES_TO_AGGREGATE = {"fedavg": 1, "fedavg_uniform": 1, "median": 2}
 LABEL_BYTES = 8
 NUMBER_BYTES = 4
 

@@ -52,7 +52,7 @@ class Piece:
     @property
     def lane_images(self) -> int:
         """Images that are trained on, counted for each experiment."""
-        return self.lanes * sum(work.order.size for work in self.works)
+        return self.lanes * sum(work.images for work in self.works)
 
 
 def piece_of(example: Experiment, data: ImageData, *, lanes: int, clients: int, images: int) -> Piece:
@@ -62,7 +62,7 @@ def piece_of(example: Experiment, data: ImageData, *, lanes: int, clients: int, 
     epochs = max(1, min(images // own, example.local_epochs))
     chance = np.random.default_rng(0)
     works = tuple(
-        ClientWork(
+        ClientWork.of(
             lanes=tuple(range(lanes)),
             slots=(slot,) * lanes,
             order=np.stack([chance.permutation(len(data.train_labels))[:own] for _ in range(epochs)]),

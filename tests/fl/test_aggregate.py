@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from itertools import product
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,6 +42,20 @@ def test_the_median_of_an_even_number_is_the_mean_of_the_middle_two() -> None:
 def test_the_median_of_one_and_of_two() -> None:
     assert fed_median(states([4.0]))["w"].tolist() == [4.0]
     assert fed_median(states([4.0], [1.0]))["w"].tolist() == [2.5]
+
+
+@pytest.mark.parametrize("clients", range(1, 13))
+def test_the_median_finds_the_middle_of_zeros_and_ones_in_any_order(clients: int) -> None:
+    # What sorts every row of zeros and ones sorts everything (the 0-1 principle; Knuth, volume 3, 5.3.4, theorem Z).
+    rows = torch.tensor(list(product((0.0, 1.0), repeat=clients))).T  # [K, 2^K]
+    expected = np.median(rows.numpy(), axis=0)
+    assert fed_median([{"w": row} for row in rows])["w"].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("clients", [99, 100, 257])
+def test_the_median_of_many_clients(clients: int) -> None:
+    rows = torch.randn(clients, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(clients))
+    assert fed_median([{"w": row} for row in rows])["w"].tolist() == np.median(rows.numpy(), axis=0).tolist()
 
 
 def test_the_median_of_two_large_values_does_not_overflow() -> None:

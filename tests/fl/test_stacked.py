@@ -141,7 +141,7 @@ def test_last_batches_of_every_size(
     together = [experiment(model_type=model_type, batch_size=8, seed=seed) for seed in range(4)]
     inputs = inputs_of(together, digits)
     works = [
-        ClientWork((number % 4, (number + 1) % 4), (number, number), orders(2, count, seed=number))
+        ClientWork.of((number % 4, (number + 1) % 4), (number, number), orders(2, count, seed=number))
         for number, count in enumerate(samples)
     ]
     expected = LoopTrainer(together[0], digits, dtype=torch.float64).train(inputs, works, len(samples))
@@ -157,7 +157,7 @@ def test_last_batches_of_every_size(
 def test_images_in_colour_of_an_odd_side(random_data: Any, tile: dict[str, Any]) -> None:
     data = random_data(channels=3, side=5, num_classes=4, train=200)
     together = [experiment(depth=6, batch_size=8, seed=seed) for seed in range(2)]
-    works = [ClientWork((0, 1), (0, 0), orders(1, 20, seed=0))]
+    works = [ClientWork.of((0, 1), (0, 0), orders(1, 20, seed=0))]
     inputs = inputs_of(together, data)
     expected = LoopTrainer(together[0], data, dtype=torch.float64).train(inputs, works, 1)
     got = StackedTrainer(together[0], data, **tile).train(inputs, works, 1)
@@ -231,7 +231,7 @@ def test_an_experiment_alone_gives_the_bits_that_it_gives_among_others(
 def test_a_lane_that_diverges_leaves_the_others_alone(digits: ImageData, model_type: str, tile: dict[str, Any]) -> None:
     calm = [experiment(model_type=model_type, seed=7), experiment(model_type=model_type, seed=7, lr=0.01)]
     wild = experiment(model_type=model_type, seed=7, lr=1e30, max_grad_norm=None)
-    works = [ClientWork((0, 1, 2), (number,) * 3, orders(2, 40 + 9 * number, seed=number)) for number in range(3)]
+    works = [ClientWork.of((0, 1, 2), (number,) * 3, orders(2, 40 + 9 * number, seed=number)) for number in range(3)]
     trainer = StackedTrainer(calm[0], digits, **tile)
     quiet = trainer.train(inputs_of([calm[0], calm[0], calm[1]], digits, torch.float32), works, 3)
     disturbed = trainer.train(inputs_of([calm[0], wild, calm[1]], digits, torch.float32), works, 3)
@@ -303,7 +303,7 @@ def test_what_a_graph_captures_is_the_eager_step_over_the_buffers(
 
     monkeypatch.setattr("fedsweep.fl.stacked_graph.captured", recorded)
     together = [experiment(batch_size=8)]
-    inputs, works = inputs_of(together, digits), [ClientWork((0,), (0,), orders(2, 19, seed=0))]
+    inputs, works = inputs_of(together, digits), [ClientWork.of((0,), (0,), orders(2, 19, seed=0))]
     trainer = StackedTrainer(together[0], digits, lanes=2, static=True)
     expected = StackedTrainer(together[0], digits, lanes=2).train(inputs, works, 1)
     assert trainer.uses_graphs is None
@@ -318,5 +318,5 @@ def test_without_a_gpu_there_is_no_graph(digits: ImageData) -> None:
 
     assert captured(function, torch.device("cpu")) == (function, False)
     trainer = StackedTrainer(experiment(), digits, lanes=2, static=True)
-    trainer.train(inputs_of([experiment()], digits), [ClientWork((0,), (0,), orders(1, 40, seed=0))], 1)
+    trainer.train(inputs_of([experiment()], digits), [ClientWork.of((0,), (0,), orders(1, 40, seed=0))], 1)
     assert trainer.uses_graphs is False
