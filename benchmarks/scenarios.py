@@ -84,7 +84,7 @@ SCENARIOS: dict[str, Scenario] = {
     "S4": Scenario("cnn", 4, 4, share=0.5, required={"P0": 2, "P1": 3, "P2": 2, "P3": 4}),
     "S5": Scenario("cnn", 16, 4, share=0.2, required={"P0": 1.1, "P3": 2}),
     "S6": Scenario("cnn", 64, 4, **FEW, share=0.1, required={"P0": 1.0, "P3": 1.3}),
-    "S7": Scenario("lr", 16, 1, **FEW, common=MANY_CLIENTS, rounds=10, required={"P0": 5, "P2": 3, "P3": 60}),
+    "S7": Scenario("lr", 16, 1, **FEW, common=MANY_CLIENTS, rounds=40, required={"P0": 5, "P2": 3, "P3": 60}),
 }
 
 

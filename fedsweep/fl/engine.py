@@ -29,7 +29,7 @@ from fedsweep.fl.federation import (
     participants,
     poisoned_federation,
 )
-from fedsweep.fl.lanes import ClientWork, LaneInputs, ModelShape, Trainer
+from fedsweep.fl.lanes import ClientWork, LaneInputs, ModelShape, Trained, Trainer
 from fedsweep.fl.models import build_model, count_parameters
 from fedsweep.fl.outcome import Outcome, RoundReport, diverged, tested
 from fedsweep.fl.stopping import EarlyStopping
@@ -219,28 +219,32 @@ class Cohort:
         members: Sequence[Member],
         taking_part: Sequence[Sequence[int]],
         works: Sequence[ClientWork],
-        trained: Tensor,  # [E, S, P]
+        trained: Trained,
     ) -> list[int | None]:
         """Give every member its new global weights; how many clients of each were lost, None where all were."""
-        finite = _finite(trained).cpu().numpy()  # [E, S]
-        steps = _steps(members, works, finite)
+        steps = _steps(members, works, trained.finite)
         alike: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[int]] = {}
         lost: list[int | None] = []
         for row, (member, clients) in enumerate(zip(members, taking_part, strict=True)):
-            kept = tuple(slot for slot in range(len(clients)) if finite[row, slot])
+            kept = tuple(slot for slot in range(len(clients)) if trained.finite[row, slot])
             lost.append(len(clients) - len(kept) if kept else None)
             if kept:
                 sizes = tuple(len(member.federation.clients[clients[slot]]) for slot in kept)
                 alike.setdefault((member.experiment.aggregator, kept, sizes), []).append(row)
         for (aggregator, kept, sizes), rows in alike.items():
             is_range = rows[-1] - rows[0] == len(rows) - 1
-            own = trained[rows[0] : rows[-1] + 1] if is_range else trained[rows]
-            states = [{"weights": own[:, slot]} for slot in kept]
-            combined = AGGREGATORS[aggregator](states, sizes)["weights"]
+            own = trained.weights[rows[0] : rows[-1] + 1] if is_range else trained.weights[rows]
+            combined = self._combined(aggregator, own, kept, sizes)
             for row, weights in zip(rows, combined, strict=True):
                 members[row].weights = weights
                 members[row].steps += steps[row]
         return lost
+
+    def _combined(self, aggregator: str, clients: Tensor, kept: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """Global weights [E, P] of clients' weights [E, S, P]."""
+        if aggregator in self.trainer.aggregators and len(kept) == clients.shape[1]:
+            return self.trainer.aggregators[aggregator](clients, sizes)
+        return AGGREGATORS[aggregator]([{"weights": clients[:, slot]} for slot in kept], sizes)["weights"]
 
     def _validated(self, members: Sequence[Member]) -> dict[str, Evaluation]:
         """Evaluate the global models of members on their validation samples."""
@@ -321,14 +325,6 @@ def _restored(member: Member, saved: Saved) -> Member:
         steps=saved["steps"],
         history=[RoundReport(*each) for each in saved["history"]],
     )
-
-
-def _finite(trained: Tensor) -> Tensor:
-    """Whether all numbers of a client are finite, [E, S] of [E, S, P]."""
-    finite = trained.sum(dim=2).isfinite()  # fast; a sum may overflow where no number has
-    for row, slot in (~finite).nonzero().tolist():
-        finite[row, slot] = trained[row, slot].isfinite().all()
-    return finite
 
 
 def _works(members: Sequence[Member], taking_part: Sequence[Sequence[int]]) -> list[ClientWork]:

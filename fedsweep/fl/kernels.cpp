@@ -459,25 +459,34 @@ struct Tile {
         });
   }
 
-  // The other way, from the weights and statistics now; lanes without a row are left out.
-  void unpack(S* const* rows) const {
-    each_part([&](std::size_t to, const Layer& layer) { unpack_matrix(rows, to, layer); },
+  // The other way, from the weights and statistics now; lanes without a row are left out. Says of each lane whether all
+  // its numbers are finite.
+  void unpack(S* const* rows, uint8_t* finite) const {
+    S seen[VL] = {};  // 0 as long as they are
+    each_part([&](std::size_t to, const Layer& layer) { unpack_matrix(rows, to, layer, seen); },
               [&](std::size_t to, std::size_t from, int units) {
                 const S* ours = from < num_params ? w + from : stats + (from - num_params);
                 for (int u = 0; u < units; ++u)
-                  for (int l = 0; l < T; ++l)
+                  for (int l = 0; l < T; ++l) {
+                    seen[l] += ours[u * T + l] * 0;
                     if (rows[l]) rows[l][to + u] = ours[u * T + l];
+                  }
               });
+    for (int l = 0; l < T; ++l) finite[l] = seen[l] == 0;
   }
 
-  void unpack_matrix(S* const* rows, std::size_t to, const Layer& layer) const {
+  void unpack_matrix(S* const* rows, std::size_t to, const Layer& layer, S* seen) const {
     const int cb = layer.c.cb();
     for (int c = 0; c < layer.c.real; c += VL) {
       const S* ours = w + layer.w + std::size_t(c / cb) * layer.k * cb + c % cb;
+      vec zero = {};
       for (int k = 0; k < layer.k; k += VL) {
         const int count = std::min(VL, layer.k - k);
         vec block[VL];
-        for (int i = 0; i < VL; ++i) block[i] = i < count ? load(ours + std::size_t(k + i) * cb) : vec{};
+        for (int i = 0; i < VL; ++i) {
+          block[i] = i < count ? load(ours + std::size_t(k + i) * cb) : vec{};
+          zero += block[i] * S(0);
+        }
         transpose<VL / 2>(block);
         for (int i = 0; i < VL && c + i < layer.c.real; ++i) {
           S* row = rows[(c + i) % T];
@@ -487,6 +496,7 @@ struct Tile {
           else std::memcpy(row, &block[i], count * sizeof(S));
         }
       }
+      for (int i = 0; i < VL && c + i < layer.c.real; ++i) seen[(c + i) % T] += zero[i];
     }
   }
 
@@ -940,7 +950,7 @@ struct Tile {
   }
 
   // settings: learning rate, momentum, weight decay and largest norm of each lane.
-  void step(const S* const* settings, bool is_first) {
+  void step(const S* const* settings, bool is_first, bool is_last) {
     const S* max_norm = settings[3];
     double squares[VL] = {};
     for (const Layer& layer : hidden) {
@@ -961,7 +971,7 @@ struct Tile {
       const vec weight = load(w + i);
       vec velocity = clip * load(g + i) + shrink * weight;
       if (!is_first) velocity += keep * load(v + i);
-      store(v + i, velocity);
+      if (!is_last) store(v + i, velocity);
       store(trained + i, weight - rate * velocity);
     }
     w = trained;
@@ -987,26 +997,31 @@ void fedsweep_pack(const Shape* shape, const S* const* weights, S* packed) {
   Tile(*shape, nullptr, false).pack(weights, packed);
 }
 
-// One client's training in a round, for the lanes of a tile, from their packed global weights to their own.
-void fedsweep_train(const Shape* shape, const uint8_t* images, const S* table, const int64_t* order, int64_t epochs,
-                    int64_t samples, const int64_t* const* labels, const S* packed, S* const* out,
+// The training of some clients in a round, one after another, for the lanes of a tile: from the packed global weights
+// to each client's own, for which `out` has T places a client, as has `finite`. An order has `epochs` times as many places as samples.
+void fedsweep_train(const Shape* shape, const uint8_t* images, const S* table, int64_t clients,
+                    const int64_t* const* orders, int64_t epochs, const int64_t* samples,
+                    const int64_t* const* labels, const S* packed, S* const* out, uint8_t* finite,
                     const S* const* settings, char* workspace) {
   Tile tile(*shape, workspace, true);
-  tile.begin(packed);
-  bool is_first = true;
-  for (int64_t epoch = 0; epoch < epochs; ++epoch)
-    for (int64_t first = 0; first < samples; first += shape->batch) {
-      const int rows = int(std::min<int64_t>(shape->batch, samples - first));
-      if (rows == 1) continue;  // batch norm has no variance there
-      const int64_t* batch = order + epoch * samples + first;
-      tile.gather(images, table, batch, rows);
-      tile.forward(rows, true);
-      tile.loss_gradient(labels, batch, rows);
-      tile.backward(rows);
-      tile.step(settings, is_first);
-      is_first = false;
-    }
-  tile.unpack(out);
+  for (int64_t c = 0; c < clients; ++c) {
+    tile.begin(packed);
+    const int64_t in_epoch = samples[c] / shape->batch + (samples[c] % shape->batch > 1);
+    int64_t done = 0;
+    for (int64_t epoch = 0; epoch < epochs; ++epoch)
+      for (int64_t first = 0; first < samples[c]; first += shape->batch) {
+        const int rows = int(std::min<int64_t>(shape->batch, samples[c] - first));
+        if (rows == 1) continue;  // batch norm has no variance there
+        const int64_t* batch = orders[c] + epoch * samples[c] + first;
+        tile.gather(images, table, batch, rows);
+        tile.forward(rows, true);
+        tile.loss_gradient(labels, batch, rows);
+        tile.backward(rows);
+        tile.step(settings, done == 0, done + 1 == epochs * in_epoch);
+        ++done;
+      }
+    tile.unpack(out + c * tile.T, finite + c * tile.T);
+  }
 }
 
 // Logits of images by the models of a tile, with running statistics.
@@ -1026,6 +1041,24 @@ void fedsweep_logits(const Shape* shape, const uint8_t* images, const S* table, 
         for (int l = 0; l < tile.T; ++l)
           if (out[l]) out[l][(first + b) * shape->classes + u] = at[l];
       }
+  }
+}
+
+// The mean of some rows of numbers, weighted, in double precision and one row after another.
+void fedsweep_mean(int64_t count, const S* const* rows, const double* shares, int64_t numbers, S* out) {
+  constexpr int BLOCK = 1024;
+  double whole = 0;
+  for (int64_t r = 0; r < count; ++r) whole += shares[r];
+  for (int64_t first = 0; first < numbers; first += BLOCK) {
+    const int n = int(std::min<int64_t>(BLOCK, numbers - first));
+    double sum[BLOCK] = {};
+    if (n == BLOCK)
+      for (int64_t r = 0; r < count; ++r)
+        for (int i = 0; i < BLOCK; ++i) sum[i] += shares[r] * double(rows[r][first + i]);
+    else
+      for (int64_t r = 0; r < count; ++r)
+        for (int i = 0; i < n; ++i) sum[i] += shares[r] * double(rows[r][first + i]);
+    for (int i = 0; i < n; ++i) out[first + i] = S(sum[i] / whole);
   }
 }
 }

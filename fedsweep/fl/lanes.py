@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fedsweep.fl.data import ImageData
 from fedsweep.fl.models import MODELS
+from fedsweep.fl.threads import Threads
 from fedsweep.plan.experiment import Experiment
 
 
@@ -146,6 +147,25 @@ class ClientWork:
         return int(self.epochs * (self.samples // batch_size + (self.samples % batch_size > 1)))
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a round made of the clients of E experiments. The tensors are the caller's until the next round."""
+
+    weights: Tensor  # [E, S, P]; where no client was trained, anything
+    finite: NDArray[np.bool_]  # [E, S], whether all numbers of a client are; where none was trained, anything
+
+    @classmethod
+    def of(cls, weights: Tensor) -> Trained:
+        """Look for numbers that are not finite."""
+        finite = weights.sum(dim=2).isfinite()  # fast; a sum may overflow where no number has
+        for row, slot in (~finite).nonzero().tolist():
+            finite[row, slot] = weights[row, slot].isfinite().all()
+        return cls(weights, finite.cpu().numpy())
+
+
+Aggregate = Callable[[Tensor, Sequence[int]], Tensor]  # weights [E, K, P] and K sample counts to [E, P]
+
+
 class Trainer(Protocol):
     """Trains lanes and applies models, for experiments of one shape, batch size and number of local epochs.
 
@@ -153,14 +173,14 @@ class Trainer(Protocol):
     """
 
     plan: str  # a short name, written into the row: which kernels these are
+    threads: Threads  # that it trains with
 
-    def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Tensor:
-        """Train every client of `works` from its experiment's global weights, as `reference.train_client` does.
+    @property
+    def aggregators(self) -> Mapping[str, Aggregate]:
+        """Some of `aggregate.AGGREGATORS` for E experiments of K clients, faster, with the same bits."""
 
-        Returns:
-            [E, num_slots, P], the clients' weights; where no client was trained, anything. It is the caller's until
-            the next call.
-        """
+    def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Trained:
+        """Train every client of `works` from its experiment's global weights, as `reference.train_client` does."""
 
     def logits(self, weights: Tensor, images: Tensor) -> Tensor:
         """Logits [E, M, L] of images uint8 [M, C, S, S] by models [E, P] in evaluation mode."""

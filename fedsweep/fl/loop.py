@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedsweep.fl.data import ImageData, normalised
 from fedsweep.fl.evaluate import BATCH_SIZE
-from fedsweep.fl.lanes import ClientWork, LaneInputs, ModelShape
+from fedsweep.fl.lanes import Aggregate, ClientWork, LaneInputs, ModelShape, Trained
 from fedsweep.fl.reference import Batch, train_client
 from fedsweep.fl.repeatable import repeatable
+from fedsweep.fl.threads import Threads
 from fedsweep.plan.experiment import Experiment
 
 
@@ -30,7 +30,8 @@ class LoopTrainer:
         self.data = data
         self.dtype = dtype
         self.shape = ModelShape.of(example, data)
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 and not data.train_images.is_cuda else None
+        self.aggregators: Mapping[str, Aggregate] = {}
+        self.threads = Threads(1 if data.train_images.is_cuda else threads)
         self._models = threading.local()
 
     def _model(self) -> nn.Module:
@@ -42,15 +43,7 @@ class LoopTrainer:
         module: nn.Module = self._models.model
         return module
 
-    def _in_threads(self, jobs: Sequence[Callable[[], None]]) -> None:
-        if self._pool is None:
-            for job in jobs:
-                job()
-        else:
-            for done in [self._pool.submit(job) for job in jobs]:
-                done.result()
-
-    def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Tensor:
+    def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Trained:
         """Train every client of `works`; see `Trainer.train`."""
         trained = inputs.weights.new_empty(len(inputs.weights), num_slots, inputs.weights.shape[1])
         longest_first = sorted(works, key=lambda work: -work.images)
@@ -58,10 +51,10 @@ class LoopTrainer:
         def job(work: ClientWork, lane: int, slot: int) -> Callable[[], None]:
             return lambda: self._train_lane(inputs, work, lane, trained[lane, slot])
 
-        self._in_threads(
+        self.threads.run(
             [job(work, lane, slot) for work in longest_first for lane, slot in zip(work.lanes, work.slots, strict=True)]
         )
-        return trained
+        return Trained.of(trained)
 
     def _train_lane(self, inputs: LaneInputs, work: ClientWork, lane: int, out: Tensor) -> None:
         model = self._model()
@@ -93,7 +86,7 @@ class LoopTrainer:
         def job(row: int) -> Callable[[], None]:
             return lambda: self._apply(weights[row], images, all_logits[row])
 
-        self._in_threads([job(row) for row in range(len(weights))])
+        self.threads.run([job(row) for row in range(len(weights))])
         return all_logits
 
     @torch.no_grad()

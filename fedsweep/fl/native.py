@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsweep.fl.data import ImageData, normalised
-from fedsweep.fl.lanes import ClientWork, LaneInputs, ModelShape
+from fedsweep.fl.lanes import Aggregate, ClientWork, LaneInputs, ModelShape, Trained
+from fedsweep.fl.threads import Threads
 from fedsweep.plan.experiment import Experiment
 
 VECTORS = 4  # that a convolution's kernels take: channels times lanes must fit into them
+CALLS = 8  # of the kernels a thread in a round, if there are so many clients: each call has to wait for Python
 APPLIED = 64  # images at once where models are only applied
 
 
@@ -62,6 +64,14 @@ class _Tile:
     setting_rows: ctypes.Array[ctypes.c_void_p]
 
 
+@dataclass(frozen=True)
+class _Client:
+    """A client that is trained for the lanes of a tile."""
+
+    work: ClientWork
+    slots: tuple[int, ...]
+
+
 class NativeTrainer:
     """Trains tiles of lanes by the compiled kernels, each in one call, so many at the same time."""
 
@@ -88,8 +98,11 @@ class NativeTrainer:
         self.shape = ModelShape.of(example, data)
         self.lanes = lanes
         self._library = library
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads)
+        self.threads = Threads(threads)
+        self.aggregators: Mapping[str, Aggregate] = {
+            "fedavg": self._mean,
+            "fedavg_uniform": lambda clients, counts: self._mean(clients, [1] * len(counts)),
+        }
         self._spaces = threading.local()
         self._trained: Tensor | None = None
         library.fedsweep_workspace.restype = library.fedsweep_packed.restype = ctypes.c_size_t
@@ -100,12 +113,13 @@ class NativeTrainer:
 
     def fixed_bytes(self) -> int:
         """Memory that all threads take for the tiles that they train."""
-        return self._threads * self.workspace_bytes(self.lanes)
+        return self.threads.count * self.workspace_bytes(self.lanes)
 
-    def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Tensor:
+    def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Trained:
         """Train every client of `works`; see `Trainer.train`."""
         weights, labels = inputs.weights.contiguous(), inputs.labels.contiguous()
         trained = self._room_for(len(weights), num_slots, weights)
+        finite = np.zeros((len(weights), num_slots), dtype=bool)
         start, row = trained.data_ptr(), trained.stride(1) * trained.element_size()
         table = _table(weights.dtype)
         settings = torch.stack([inputs.lr, inputs.momentum, inputs.weight_decay, inputs.max_grad_norm])
@@ -119,38 +133,57 @@ class NativeTrainer:
             own = settings[:, filled].contiguous()
             return _Tile(shape, _rows(labels, filled), packed, own, _rows(own, range(4)))
 
-        def job(work: ClientWork, order: Tensor, part: slice, size: int) -> Callable[[], None]:
-            lanes, slots = work.lanes[part], work.slots[part]
+        def job(lanes: tuple[int, ...], size: int, clients: Sequence[_Client]) -> Callable[[], None]:
             own = tile(lanes, size)
-            places = [start + (lane * num_slots + slot) * row for lane, slot in zip(lanes, slots, strict=True)]
+            orders = [np.ascontiguousarray(client.work.order) for client in clients]
+            samples = np.array([client.work.samples for client in clients], dtype=np.int64)
+            found = np.empty((len(clients), size), dtype=np.uint8)
+            places = []
+            for client in clients:
+                used = [start + (lane * num_slots + slot) * row for lane, slot in zip(lanes, client.slots, strict=True)]
+                places += used + [0] * (size - len(used))
 
             def run() -> None:
                 self._library.fedsweep_train(
                     ctypes.byref(own.shape),
                     _at(self.data.train_images),
                     _at(table),
-                    _at(order),
-                    ctypes.c_int64(order.shape[0]),
-                    ctypes.c_int64(order.shape[1]),
+                    ctypes.c_int64(len(clients)),
+                    _pointers([order.ctypes.data for order in orders]),
+                    ctypes.c_int64(self.example.local_epochs),
+                    ctypes.c_void_p(samples.ctypes.data),
                     own.labels,
                     _at(own.packed),
-                    _pointers(places, size),
+                    _pointers(places),
+                    ctypes.c_void_p(found.ctypes.data),
                     own.setting_rows,
                     self._space(own.shape, trains=True),
                 )
+                for client, each in zip(clients, found, strict=True):
+                    finite[list(lanes), list(client.slots)] = each[: len(lanes)]
 
             return run
 
-        def jobs() -> Iterator[Callable[[], None]]:
-            for work in sorted(works, key=lambda work: -work.images):
-                order = torch.from_numpy(np.ascontiguousarray(work.order))
-                first = 0
-                for size in tiles(len(work.lanes), self.lanes):
-                    yield job(work, order, slice(first, first + size), size)
-                    first += size
+        together = -(-len(works) // (CALLS * self.threads.count))
+        self.threads.run(job(*alike) for alike in self._in_calls(works, together))
+        return Trained(trained, finite)
 
-        self._run(jobs())
-        return trained
+    def _in_calls(
+        self, works: Sequence[ClientWork], together: int
+    ) -> Iterator[tuple[tuple[int, ...], int, list[_Client]]]:
+        """The works, the longest first, cut into tiles: lanes, tile size and up to so many clients for one call."""
+        waiting: dict[tuple[tuple[int, ...], int], list[_Client]] = {}
+        for work in sorted(works, key=lambda work: -work.images):
+            first = 0
+            for size in tiles(len(work.lanes), self.lanes):
+                part = slice(first, first + size)
+                key = work.lanes[part], size
+                waiting.setdefault(key, []).append(_Client(work, work.slots[part]))
+                if len(waiting[key]) == together:
+                    yield *key, waiting.pop(key)
+                first += size
+        for key, clients in waiting.items():
+            yield *key, clients
 
     def _room_for(self, experiments: int, num_slots: int, weights: Tensor) -> Tensor:
         """Where the clients' weights go: the same memory round after round, since new memory is slow to touch."""
@@ -174,7 +207,7 @@ class NativeTrainer:
                     _at(table),
                     ctypes.c_int64(last - first),
                     _at(packed),
-                    _pointers([part[row].data_ptr() for row in rows], shape.lanes),
+                    _pointers([part[row].data_ptr() for row in rows] + [0] * (shape.lanes - len(rows))),
                     self._space(shape, trains=False),
                 )
 
@@ -190,12 +223,24 @@ class NativeTrainer:
                     yield job(shape, packed, rows, first, min(first + 16 * APPLIED, len(images)))
                 row += size
 
-        self._run(jobs())
+        self.threads.run(jobs())
         return out
 
-    def _run(self, jobs: Iterable[Callable[[], None]]) -> None:
-        for done in [self._pool.submit(job) for job in jobs]:
-            done.result()
+    def _mean(self, clients: Tensor, counts: Sequence[int]) -> Tensor:
+        """`aggregate.fed_avg` of clients [E, K, P] with so many samples each, [E, P]."""
+        combined = torch.empty_like(clients[:, 0])
+        shares = torch.tensor(counts, dtype=torch.float64)
+
+        def job(row: int, first: int, last: int) -> Callable[[], None]:
+            places = _rows(clients[row, :, first:last], range(len(counts)))
+            own = combined[row, first:last]
+            return lambda: self._library.fedsweep_mean(
+                ctypes.c_int64(len(counts)), places, _at(shares), ctypes.c_int64(last - first), _at(own)
+            )
+
+        cuts = [clients.shape[2] * part // self.threads.count for part in range(self.threads.count + 1)]
+        self.threads.run(job(row, *cut) for row in range(len(clients)) for cut in pairwise(cuts))
+        return combined
 
     def _packed(self, shape: _Shape, weights: Tensor, rows: Sequence[int]) -> Tensor:
         """The models of a tile as the kernels take them."""
@@ -242,9 +287,8 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 def _rows(matrix: Tensor, rows: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
     """Pointers to rows of a contiguous matrix."""
     stride = matrix.stride(0) * matrix.element_size()
-    return _pointers([matrix.data_ptr() + row * stride for row in rows], len(rows))
+    return _pointers([matrix.data_ptr() + row * stride for row in rows])
 
 
-def _pointers(addresses: Sequence[int], size: int) -> ctypes.Array[ctypes.c_void_p]:
-    """So many pointers; those that are missing are null."""
-    return (ctypes.c_void_p * size)(*addresses)
+def _pointers(addresses: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(addresses))(*addresses)

@@ -13,8 +13,7 @@ GPU yet; the function that is captured is the one that runs on a CPU.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +26,10 @@ from torch import Tensor
 from torch.backends import cudnn
 
 from fedsweep.fl.data import ImageData, normalised
-from fedsweep.fl.lanes import ClientWork, LaneInputs, ModelShape
+from fedsweep.fl.lanes import Aggregate, ClientWork, LaneInputs, ModelShape, Trained
 from fedsweep.fl.stacked_graph import Batch, TileProgram, for_lanes
 from fedsweep.fl.stacked_model import Kernel, Packing, StackedModel
+from fedsweep.fl.threads import Threads
 from fedsweep.plan.experiment import Experiment
 
 Precision = Literal["float32", "tf32", "bf16"]
@@ -87,21 +87,22 @@ class StackedTrainer:
         self._model = StackedModel(self.shape, works, lanes, kernel, channels_last)
         self._applied_model = StackedModel(self.shape, 1, works * lanes, kernel)
         self._packing = Packing(self.shape, data.train_images.device)
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 and not data.train_images.is_cuda else None
+        self.aggregators: Mapping[str, Aggregate] = {}
+        self.threads = Threads(1 if data.train_images.is_cuda else threads)
         self._local = threading.local()
 
     @property
     def _device(self) -> torch.device:
         return self.data.train_images.device
 
-    def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Tensor:
+    def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Trained:
         """Train every client of `works`; see `Trainer.train`."""
         trained = inputs.weights.new_empty(len(inputs.weights), num_slots, inputs.weights.shape[1])
         settings = torch.stack([inputs.lr, inputs.momentum, inputs.weight_decay, inputs.max_grad_norm])  # [4, E]
         settings = settings.to(self._device, inputs.weights.dtype)
         tiles = _tiles(works, self._model.works, self._model.lanes, self._batch_size, self._device)
         self._run([partial(self._train_tile, inputs, settings, tile, trained) for tile in tiles])
-        return trained
+        return Trained.of(trained)
 
     def logits(self, weights: Tensor, images: Tensor) -> Tensor:
         """Logits of images by each model; see `Trainer.logits`."""
@@ -117,12 +118,7 @@ class StackedTrainer:
 
     def _run(self, jobs: Sequence[Callable[[], None]]) -> None:
         with _rounding(self._precision):
-            if self._pool is None:
-                for job in jobs:
-                    job()
-            else:
-                for done in [self._pool.submit(job) for job in jobs]:
-                    done.result()
+            self.threads.run(jobs)
 
     def _autocast(self) -> torch.autocast:
         # Nothing is cached: what a graph has captured must not live on outside of it.

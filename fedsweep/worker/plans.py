@@ -37,9 +37,11 @@ Candidates = dict[str, Callable[[], Trainer]]
 
 BUCKETS = (1, 2, 4, 8, 16)  # experiments that share their images; more are like the last
 PIECE_S = 0.1  # that the plain loop takes for what is timed
+FINAL_S = 0.4  # the same of the first of the finalists, with tiles of one lane
 CHOICE_S = 2.0
 SAMPLES = 3
 CLOSE = 1.2  # times as long
+HALF_AGAIN = 1.5  # times as long
 HOPELESS = 3.0  # times slower than the best: not timed again
 PLAIN = "loop"
 
@@ -56,7 +58,8 @@ def choose_trainer(
 
     The candidates are timed on a few steps, once for each shape, batch size, number of experiments that share images,
     device, number of threads and version; the choice is kept in `plans.json`. The plain loop is one of them. A
-    candidate that raises is left out with a line in the log.
+    candidate that raises is left out with a line in the log. The piece of work that all are timed with is small, since
+    the loop has to do it too; those that compute the same as the fastest and are close to it are timed again with more.
 
     Args:
         experiments: of one cohort.
@@ -85,6 +88,9 @@ def choose_trainer(
     if not seconds:
         return made.get(PLAIN) or possible[PLAIN]()  # what is wrong shows in training, each experiment for itself
     best = fastest(seconds)
+    if len(finalists := {plan: made[plan] for plan in alike_and_close(seconds, best)}) > 1:
+        seconds |= (again := time_trainers(finalists, example, data, threads, lanes, final=True))
+        best = fastest(again) if again else best
     choices.remember(key, best, seconds)
     log.info("%s, %d sharing images: %s is the fastest of %d plans", example.model_type, lanes, best, len(seconds))
     return made[best]
@@ -115,6 +121,14 @@ def fastest(seconds: Mapping[str, float]) -> str:
     return best
 
 
+def alike_and_close(seconds: Mapping[str, float], best: str) -> list[str]:
+    """The plans that compute the same bits as the best and are so near to it that a longer look has to decide."""
+    kind = makers.arithmetic(best)
+    return [
+        plan for plan, each in seconds.items() if makers.arithmetic(plan) == kind and each < HALF_AGAIN * seconds[best]
+    ]
+
+
 def sharing(experiments: Sequence[Experiment]) -> int:
     """How many experiments see the same images, for the most part: one of `BUCKETS`, rounded down."""
     groups = Counter(map(sharing_key, experiments)).values()
@@ -143,7 +157,13 @@ def _key(example: Experiment, data: ImageData, threads: int, lanes: int) -> str:
 
 
 def time_trainers(
-    trainers: Mapping[str, Trainer], example: Experiment, data: ImageData, threads: int, lanes: int
+    trainers: Mapping[str, Trainer],
+    example: Experiment,
+    data: ImageData,
+    threads: int,
+    lanes: int,
+    *,
+    final: bool = False,
 ) -> dict[str, float]:
     """Seconds of each trainer for the same piece of a round, but of those that raise or that no time was left for.
 
@@ -153,7 +173,15 @@ def time_trainers(
     deadline = time.monotonic() + CHOICE_S
     order = sorted(trainers, key=lambda plan: plan != PLAIN)
     try:
-        piece = affordable_piece(trainers[order[0]], example, data, lanes=lanes, threads=threads, seconds=PIECE_S)
+        piece = affordable_piece(
+            trainers[order[0]],
+            example,
+            data,
+            lanes=lanes,
+            threads=threads,
+            seconds=FINAL_S if final else PIECE_S,
+            many_clients=final,
+        )
     except Exception as error:
         log.warning("no plan could be timed: %s", error)
         return {}

@@ -18,6 +18,7 @@ from fedsweep.fl.reference import initial_model
 from fedsweep.plan.experiment import Experiment
 
 FIRST_IMAGES = 16  # of the first batch, which tells how large a piece can be timed
+MANY = 8  # clients a thread
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,19 @@ def _inputs(example: Experiment, data: ImageData, lanes: int) -> LaneInputs:
 
 
 def affordable_piece(
-    trainer: Trainer, example: Experiment, data: ImageData, *, lanes: int, threads: int, seconds: float
+    trainer: Trainer,
+    example: Experiment,
+    data: ImageData,
+    *,
+    lanes: int,
+    threads: int,
+    seconds: float,
+    many_clients: bool = False,
 ) -> Piece:
     """A piece that takes this trainer about so many seconds, or less where a whole round does; never much more.
 
-    The number of experiments is kept, since kernels differ in how they use it; clients, then images are cut.
+    The number of experiments is kept, since kernels differ in how they use it; clients, down to one a thread, then
+    images are cut. With `many_clients` there are as many as keep all threads busy to the end, as in a round.
     """
     amounts = Amounts.of(example, data)
     first = piece_of(example, data, lanes=1, clients=1, images=min(FIRST_IMAGES, amounts.images))
@@ -107,7 +116,11 @@ def affordable_piece(
     # Rather fewer experiments than a piece that takes ten times as long, as that of a huge model would.
     lanes = max(1, min(lanes, int(10 * lane_images / first.lane_images)))
     batch = min(example.batch_size, amounts.images)
-    clients = max(1, min(int(lane_images / (lanes * batch)), 2 * threads, amounts.clients))
+    if many_clients:
+        clients = max(MANY * threads, int(lane_images / (lanes * _whole(example, amounts))))
+    else:
+        clients = max(threads, min(2 * threads, int(lane_images / (lanes * batch))))
+    clients = min(clients, amounts.clients)
     images = max(min(FIRST_IMAGES, batch), min(int(lane_images / (lanes * clients)), _whole(example, amounts)))
     return piece_of(example, data, lanes=lanes, clients=clients, images=images)
 

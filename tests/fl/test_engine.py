@@ -15,7 +15,7 @@ from fedsweep.fl.aggregate import AGGREGATORS
 from fedsweep.fl.data import ImageData
 from fedsweep.fl.engine import Cohort, Progress
 from fedsweep.fl.federation import form_federation, participants
-from fedsweep.fl.lanes import ClientWork, LaneInputs, Trainer
+from fedsweep.fl.lanes import ClientWork, LaneInputs, Trained, Trainer
 from fedsweep.fl.loop import LoopTrainer
 from fedsweep.fl.native import NativeTrainer
 from fedsweep.fl.outcome import Outcome
@@ -252,9 +252,10 @@ class Small:
 
     def __init__(self, inner: Trainer, room: int, refused_lr: float | None = None) -> None:
         self.inner, self.room, self.refused_lr = inner, room, refused_lr
+        self.threads, self.aggregators = inner.threads, inner.aggregators
         self.sizes: list[int] = []
 
-    def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Tensor:
+    def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Trained:
         self.sizes.append(len(inputs.weights))
         if len(inputs.weights) > self.room:
             raise torch.OutOfMemoryError("no room")
@@ -292,7 +293,7 @@ def test_lanes_that_see_the_same_images_are_trained_as_one_work(digits: ImageDat
     seen: list[Sequence[ClientWork]] = []
 
     class Spy(Small):
-        def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Tensor:
+        def train(self, inputs: LaneInputs, works: Sequence[ClientWork], num_slots: int) -> Trained:
             seen.append(works)
             return super().train(inputs, works, num_slots)
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsweep.fl.aggregate import AGGREGATORS
 from fedsweep.fl.data import ImageData
 from fedsweep.fl.engine import Cohort
 from fedsweep.fl.lanes import ModelShape
@@ -105,6 +106,33 @@ def test_a_batch_of_one_is_no_step(random_data: Callable[..., ImageData], kernel
     expected = trained([experiment], data, LoopTrainer(experiment, data), torch.float32)  # 18 samples: 17 and 1
     found = trained([experiment], data, NativeTrainer(experiment, data, kernels(torch.float32)), torch.float32)
     assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size", [5, 1024, 2500])
+def test_the_mean_of_clients_has_the_bits_of_the_plain_one(
+    size: int, threads: int, digits: ImageData, kernels: Kernels
+) -> None:
+    trainer = NativeTrainer(Experiment(model_type="lr"), digits, kernels(torch.float32), threads)
+    clients = torch.randn(3, 7, size, generator=torch.Generator().manual_seed(size))
+    counts = [1, 17, 6000, 3, 54, 999, 12345]
+    states = [{"w": clients[:, client]} for client in range(7)]
+    for name, aggregate in trainer.aggregators.items():
+        assert torch.equal(aggregate(clients, counts), AGGREGATORS[name](states, counts)["w"])
+
+
+@pytest.mark.parametrize("shape", [{"model_type": "lr", "depth": 1}, {"model_type": "cnn", "depth": 2}])
+def test_clients_whose_numbers_are_not_finite_are_told(
+    shape: dict[str, object], digits: ImageData, kernels: Kernels
+) -> None:
+    """The lanes beside them are not blamed."""
+    rates = [0.01, 1e30, 0.02]
+    experiments = [Experiment(lr=rate, max_grad_norm=None, num_clients=4, **shape) for rate in rates]  # type: ignore[arg-type]
+    trainer = NativeTrainer(experiments[0], digits, kernels(torch.float32), 2, 4)
+    cohort = Cohort(digits, trainer)
+    for name, experiment in enumerate(experiments):
+        cohort.join(str(name), experiment)
+    assert [lost for _, lost in cohort.train_round()] == [0, None, 0]
 
 
 def test_models_are_applied_as_the_reference_applies_them(

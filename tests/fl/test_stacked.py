@@ -144,8 +144,8 @@ def test_last_batches_of_every_size(
         ClientWork.of((number % 4, (number + 1) % 4), (number, number), orders(2, count, seed=number))
         for number, count in enumerate(samples)
     ]
-    expected = LoopTrainer(together[0], digits, dtype=torch.float64).train(inputs, works, len(samples))
-    got = StackedTrainer(together[0], digits, **tile).train(inputs, works, len(samples))
+    expected = LoopTrainer(together[0], digits, dtype=torch.float64).train(inputs, works, len(samples)).weights
+    got = StackedTrainer(together[0], digits, **tile).train(inputs, works, len(samples)).weights
     for work in works:
         for lane, slot in zip(work.lanes, work.slots, strict=True):
             assert largest_difference(got[lane, slot], expected[lane, slot]) <= 1e-10
@@ -159,8 +159,8 @@ def test_images_in_colour_of_an_odd_side(random_data: Any, tile: dict[str, Any])
     together = [experiment(depth=6, batch_size=8, seed=seed) for seed in range(2)]
     works = [ClientWork.of((0, 1), (0, 0), orders(1, 20, seed=0))]
     inputs = inputs_of(together, data)
-    expected = LoopTrainer(together[0], data, dtype=torch.float64).train(inputs, works, 1)
-    got = StackedTrainer(together[0], data, **tile).train(inputs, works, 1)
+    expected = LoopTrainer(together[0], data, dtype=torch.float64).train(inputs, works, 1).weights
+    got = StackedTrainer(together[0], data, **tile).train(inputs, works, 1).weights
     assert largest_difference(got, expected) <= 1e-9
 
 
@@ -233,8 +233,8 @@ def test_a_lane_that_diverges_leaves_the_others_alone(digits: ImageData, model_t
     wild = experiment(model_type=model_type, seed=7, lr=1e30, max_grad_norm=None)
     works = [ClientWork.of((0, 1, 2), (number,) * 3, orders(2, 40 + 9 * number, seed=number)) for number in range(3)]
     trainer = StackedTrainer(calm[0], digits, **tile)
-    quiet = trainer.train(inputs_of([calm[0], calm[0], calm[1]], digits, torch.float32), works, 3)
-    disturbed = trainer.train(inputs_of([calm[0], wild, calm[1]], digits, torch.float32), works, 3)
+    quiet = trainer.train(inputs_of([calm[0], calm[0], calm[1]], digits, torch.float32), works, 3).weights
+    disturbed = trainer.train(inputs_of([calm[0], wild, calm[1]], digits, torch.float32), works, 3).weights
     assert not disturbed[1].isfinite().all(dim=1).any(), "the wild one does diverge"
     assert torch.equal(disturbed[0], quiet[0])
     assert torch.equal(disturbed[2], quiet[2])
@@ -305,9 +305,9 @@ def test_what_a_graph_captures_is_the_eager_step_over_the_buffers(
     together = [experiment(batch_size=8)]
     inputs, works = inputs_of(together, digits), [ClientWork.of((0,), (0,), orders(2, 19, seed=0))]
     trainer = StackedTrainer(together[0], digits, lanes=2, static=True)
-    expected = StackedTrainer(together[0], digits, lanes=2).train(inputs, works, 1)
+    expected = StackedTrainer(together[0], digits, lanes=2).train(inputs, works, 1).weights
     assert trainer.uses_graphs is None
-    assert largest_difference(trainer.train(inputs, works, 1), expected) <= 1e-12
+    assert largest_difference(trainer.train(inputs, works, 1).weights, expected) <= 1e-12
     assert runs == [False, False, True] * 2, "two full batches and a padded one an epoch"
     assert trainer.uses_graphs is True
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsweep.fl.lanes import LaneInputs
+from fedsweep.fl.lanes import LaneInputs, Trained
 from fedsweep.fl.loop import LoopTrainer
 from fedsweep.manager.protocol import PROVENANCE_FIELDS
 from fedsweep.plan.cohort import cohort_key
@@ -140,7 +140,7 @@ def test_threads_change_no_row(make_manager, work, threads):
 
 def test_one_that_cannot_be_trained_fails_alone(make_manager, work, monkeypatch):
     class Picky(LoopTrainer):
-        def train(self, inputs: LaneInputs, *others: Any) -> torch.Tensor:
+        def train(self, inputs: LaneInputs, *others: Any) -> Trained:
             if (inputs.lr == 0.25).any():
                 raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
             return super().train(inputs, *others)
@@ -166,7 +166,7 @@ def test_a_round_that_raises_is_made_again_with_fewer_at_once(make_manager, work
     rounds: list[int] = []
 
     class Small(LoopTrainer):
-        def train(self, *arguments: Any) -> torch.Tensor:
+        def train(self, *arguments: Any) -> Trained:
             rounds.append(1)
             return super().train(*arguments)
 
@@ -367,7 +367,7 @@ def test_experiments_are_saved_every_five_minutes_and_not_after_their_end(make_m
     write = Checkpoints.write
 
     class Slow(LoopTrainer):
-        def train(self, *arguments: Any) -> torch.Tensor:
+        def train(self, *arguments: Any) -> Trained:
             clock.now += clock.step
             return super().train(*arguments)
 
@@ -463,7 +463,7 @@ def test_a_stop_signal_in_a_round_saves_what_was_before_it(make_manager, work, m
             time.sleep(1)
 
     class Stopping(LoopTrainer):
-        def train(self, *arguments: Any) -> torch.Tensor:
+        def train(self, *arguments: Any) -> Trained:
             rounds.append(1)
             stop_in_the_fourth_round("train")
             return super().train(*arguments)

@@ -16,6 +16,7 @@ import torch
 from fedsweep.datasets import load_global_dataset
 from fedsweep.fl import candidates
 from fedsweep.fl.data import ImageData
+from fedsweep.fl.lanes import Trained
 from fedsweep.fl.loop import LoopTrainer
 from fedsweep.plan.experiment import Experiment
 from fedsweep.worker import kernels, plans
@@ -37,7 +38,7 @@ class Sleeper(LoopTrainer):
         super().__init__(TINY, data)
         self.plan, self.seconds, self.times = plan, seconds, 0
 
-    def train(self, inputs: Any, works: Sequence[Any], num_slots: int) -> torch.Tensor:
+    def train(self, inputs: Any, works: Sequence[Any], num_slots: int) -> Trained:
         self.times += 1
         if self.seconds < 0:
             raise RuntimeError("this processor lacks something")
@@ -200,7 +201,7 @@ def test_real_candidates_are_timed_and_one_of_them_is_chosen(digits, tmp_path):
     """The choice may be any; it trains."""
     trainer = choose_trainer([TINY], digits, 2, cache_dir=tmp_path)
     piece = piece_of(TINY, digits, lanes=1, clients=2, images=64)
-    assert trainer.train(piece.inputs, piece.works, 2).shape == (1, 2, 650)
+    assert trainer.train(piece.inputs, piece.works, 2).weights.shape == (1, 2, 650)
 
 
 # ---- what is timed
@@ -217,7 +218,7 @@ def test_a_piece_is_of_real_images_and_no_larger_than_a_round(digits):
     assert len(piece.validation) == amounts.validation
     assert {tuple(work.lanes) for work in piece.works} == {(0, 1, 2, 3)}
     small = affordable_piece(LoopTrainer(experiment, digits), experiment, digits, lanes=4, threads=2, seconds=1e-9)
-    assert (small.lanes, len(small.works), small.works[0].order.shape) == (1, 1, (1, 16))
+    assert (small.lanes, len(small.works), small.works[0].order.shape) == (1, 2, (1, 16))  # one client a thread
 
 
 # ---- the file

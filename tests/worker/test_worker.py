@@ -19,6 +19,7 @@ import torch
 
 import fedsweep.worker
 from fedsweep.errors import PartitionError, Preempted, UsageError
+from fedsweep.fl.lanes import Trained
 from fedsweep.fl.loop import LoopTrainer
 from fedsweep.worker import cohort_run, gpu, run_single_experiment, spool, stopping, worker_loop
 from fedsweep.worker import held as held_module
@@ -303,7 +304,7 @@ REASONS = [
 @pytest.mark.parametrize(("error", "first", "last"), REASONS)
 def test_what_the_code_raises_is_the_reason(make_manager, work, monkeypatch, error, first, last):
     class Failing(LoopTrainer):
-        def train(self, *_: object) -> torch.Tensor:
+        def train(self, *_: object) -> Trained:
             raise error
 
     monkeypatch.setattr(cohort_run, "choose_trainer", lambda experiments, data, *_, **__: Failing(experiments[0], data))
