@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fedsweep import __version__
-from fedsweep.errors import ConfigError, FedsweepError
+from fedsweep.errors import ConfigError, FedsweepError, UsageError
 
 app = typer.Typer(
     name="fedsweep",
@@ -35,12 +35,45 @@ DataDir = Annotated[
     typer.Option(help="Folder with the official data files; else FEDSWEEP_DATA, else they are downloaded once."),
 ]
 Device = Annotated[str, typer.Option(help="`auto` (a free GPU, else the CPU), `cpu` or `cuda:N`.")]
-Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Host = Annotated[
+    str, typer.Option(help="Address to listen on. Where other machines can reach it, it speaks TLS; see --join.")
+]
 MaxTasks = Annotated[int, typer.Option(help="Refuse a grid of more experiments than this.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
 ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 Heartbeat = Annotated[float, typer.Option(hidden=True)]
 ExpectedWorkers = Annotated[int, typer.Option(hidden=True)]
+AllowOutputRoot = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--allow-output-root",
+        metavar="DIR",
+        help="Another folder in which output folders may lie, besides the current one. May be given several times.",
+        show_default=False,
+    ),
+]
+ManagerAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", help="Where the manager listens.", show_default="from STATE_DIR, else 127.0.0.1:5000"
+    ),
+]
+Join = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT#sha256:…",
+        help="The join string that a manager on another machine printed; put it in quotes.",
+        show_default=False,
+    ),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(help="Copy of the file `token` in the manager's state directory.", show_default="STATE_DIR/token"),
+]
+ClientPlaintext = Annotated[
+    bool,
+    typer.Option("--insecure-plaintext", help="Send the token to another machine although nothing is encrypted."),
+]
 AllowLegacy = Annotated[bool, typer.Option("--allow-legacy", help="Serve old clients, without a token, on loopback.")]
 
 
@@ -72,6 +105,7 @@ def run(
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.", show_default="a free one")] = 0,
     max_tasks: MaxTasks = 1_000_000,
+    allow_output_root: AllowOutputRoot = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of the display.")] = False,
 ) -> None:
@@ -91,6 +125,7 @@ def run(
         host=host,
         port=port,
         max_tasks=max_tasks,
+        output_roots=tuple(allow_output_root or ()),
         quiet=quiet,
         as_json=as_json,
     )
@@ -103,6 +138,7 @@ def plan(
     device: Device = "auto",
     data_dir: DataDir = None,
     max_tasks: MaxTasks = 1_000_000,
+    allow_output_root: AllowOutputRoot = None,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Time a few training steps to estimate the whole.")
     ] = True,
@@ -111,7 +147,15 @@ def plan(
     """Say how many experiments a sweep has, how many are duplicates or done, and what it will cost. Nothing runs."""
     from fedsweep.planning import make_plan, show_plan
 
-    made = make_plan(configs, data_dir=data_dir, device=device, max_tasks=max_tasks, with_probe=probe, quiet=as_json)
+    made = make_plan(
+        configs,
+        data_dir=data_dir,
+        device=device,
+        max_tasks=max_tasks,
+        output_roots=allow_output_root or (),
+        with_probe=probe,
+        quiet=as_json,
+    )
     show_plan(made, as_json=as_json)
 
 
@@ -123,14 +167,19 @@ def manager(
     state_dir: StateDir = Path(".fedsweep"),
     allow_legacy: AllowLegacy = False,
     insecure_plaintext: Annotated[
-        bool, typer.Option("--insecure-plaintext", help="Listen off loopback although nothing is encrypted.")
+        bool, typer.Option("--insecure-plaintext", help="No TLS, although other machines can reach the address.")
     ] = False,
     max_tasks: MaxTasks = 1_000_000,
+    allow_output_root: AllowOutputRoot = None,
     heartbeat_s: Heartbeat = 10.0,
     expected_workers: ExpectedWorkers = 1,
     exit_with_parent: ExitWithParent = False,
 ) -> None:
-    """Read configurations, hand experiments to workers, keep every result, and end when all is done."""
+    """Read configurations, hand experiments to workers, keep every result, and end when all is done.
+
+    With `--host` it serves other machines too, encrypted, and prints the string by which workers there join; see
+    docs/security.md.
+    """
     from fedsweep.manager import ExperimentManager
     from fedsweep.manager.sources import split_arguments
 
@@ -147,18 +196,18 @@ def manager(
         heartbeat_s=heartbeat_s,
         expected_workers=expected_workers,
         max_tasks=max_tasks,
+        output_roots=allow_output_root or (),
     )
     raise typer.Exit(experiment_manager.start())
 
 
 @app.command()
 def worker(
-    manager: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the manager listens.")] = "127.0.0.1:5000",
+    manager: ManagerAddress = None,
+    join: Join = None,
     device: Device = "auto",
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the manager's token.", show_default="STATE_DIR/token"),
-    ] = None,
+    token_file: TokenFile = None,
+    insecure_plaintext: ClientPlaintext = False,
     data_dir: DataDir = None,
     state_dir: StateDir = Path(".fedsweep"),
     threads: Annotated[
@@ -169,14 +218,19 @@ def worker(
     ] = None,
     exit_with_parent: ExitWithParent = False,
 ) -> None:
-    """Claim a GPU (or the CPU), ask the manager for experiments, run them, and submit the results."""
+    """Claim a GPU (or the CPU), ask the manager for experiments, run them, and submit the results.
+
+    On the manager's machine, in the same folder, it needs no option. Elsewhere it needs the manager's join string and a
+    copy of its token: `fedsweep worker --join 'node7:5000#sha256:…' --token-file token`.
+    """
     from fedsweep.worker.worker import leave_process, worker_loop
 
     _start_logging(exit_with_parent)
     code = worker_loop(
-        manager=manager,
+        manager=_one_address(manager, join),
         device=device,
         token_file=token_file,
+        insecure_plaintext=insecure_plaintext,
         data_dir=data_dir,
         state_dir=state_dir,
         threads=threads,
@@ -186,21 +240,18 @@ def worker(
 
 @app.command()
 def status(
-    manager: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Where the manager listens.", show_default="from STATE_DIR"),
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the manager's token.", show_default="STATE_DIR/token"),
-    ] = None,
+    manager: ManagerAddress = None,
+    join: Join = None,
+    token_file: TokenFile = None,
+    insecure_plaintext: ClientPlaintext = False,
     state_dir: StateDir = Path(".fedsweep"),
     as_json: Json = False,
 ) -> None:
     """Ask a running manager how its sweep is getting on."""
     from fedsweep.run import ask_status, show_status
 
-    show_status(ask_status(state_dir, manager, token_file), as_json=as_json)
+    answer = ask_status(state_dir, _one_address(manager, join), token_file, insecure_plaintext=insecure_plaintext)
+    show_status(answer, as_json=as_json)
 
 
 @app.command()
@@ -215,6 +266,17 @@ def report(
     from fedsweep.report.tables import show_report
 
     show_report(make_report(directories), as_json=as_json)
+
+
+def _one_address(manager: str | None, join: str | None) -> str | None:
+    """The address that either option names, checked."""
+    from fedsweep.address import parse_address
+
+    if manager is not None and join is not None:
+        raise UsageError("--manager and --join both say where the manager is; keep --join")
+    if join is not None:
+        return str(parse_address(join, "--join"))
+    return None if manager is None else str(parse_address(manager))
 
 
 def _start_logging(exit_with_parent: bool) -> None:

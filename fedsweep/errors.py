@@ -81,5 +81,9 @@ class ManagerUnreachable(FedsweepError):
     """The manager does not answer. See that `fedsweep manager` runs and that --manager names its host and port."""
 
 
+class ManagerNotTrusted(UsageError):
+    """What answers is not the manager that was named. Use the join string that the manager printed."""
+
+
 class Preempted(FedsweepError):
     """The worker was asked to stop; its task goes back to the manager without blame."""

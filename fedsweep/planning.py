@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from fedsweep.manager.output_roots import check_output_dirs
 from fedsweep.manager.results import finished_signatures
 from fedsweep.manager.sources import read_sources, split_arguments
 from fedsweep.plan.config import parse
@@ -47,7 +48,14 @@ class Plan:
 
 
 def make_plan(
-    arguments: Sequence[str], *, data_dir: Path | None, device: str, max_tasks: int, with_probe: bool, quiet: bool
+    arguments: Sequence[str],
+    *,
+    data_dir: Path | None,
+    device: str,
+    max_tasks: int,
+    output_roots: Sequence[Path] = (),
+    with_probe: bool,
+    quiet: bool,
 ) -> Plan:
     """Count, look for finished rows, and (with_probe) time a few training steps.
 
@@ -55,7 +63,9 @@ def make_plan(
         ConfigError: the configuration is wrong.
     """
     paths, overrides = split_arguments(arguments)
-    grid = expand(parse(read_sources(paths), overrides), max_tasks)
+    config = parse(read_sources(paths), overrides)
+    grid = expand(config, max_tasks)
+    check_output_dirs(config, grid, output_roots)
     finished = finished_signatures(grid)
     waiting = [task for task in grid.tasks if task.signature not in finished]
     estimate = _estimate(waiting, data_dir, device, quiet=quiet) if with_probe and waiting else None

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedsweep.address import Address, known_address, parse_address
 from fedsweep.datasets import prepare
 from fedsweep.errors import FedsweepError, ManagerUnreachable, UsageError
 from fedsweep.launch.local import WRONG_USAGE, LocalSweep
+from fedsweep.manager.output_roots import check_output_dirs
 from fedsweep.manager.results import finished_signatures
-from fedsweep.manager.server import read_token
 from fedsweep.manager.sources import read_sources, split_arguments
 from fedsweep.manager.state_dir import STATUS_FILE
+from fedsweep.manager.token import read_token
 from fedsweep.plan.config import parse
 from fedsweep.plan.grid import Grid, expand
 from fedsweep.report.display import choose, duration, panel
@@ -46,6 +48,7 @@ class RunRequest:
     host: str
     port: int
     max_tasks: int
+    output_roots: tuple[Path, ...] = ()
     quiet: bool
     as_json: bool
 
@@ -58,7 +61,9 @@ def run_sweep(request: RunRequest) -> int:
         FedsweepError: the manager could not start, or no worker stays alive.
     """
     paths, overrides = split_arguments(request.arguments)
-    grid = expand(parse(read_sources(paths), overrides), request.max_tasks)
+    config = parse(read_sources(paths), overrides)
+    grid = expand(config, request.max_tasks)
+    check_output_dirs(config, grid, request.output_roots)
     say = _no_words if request.quiet or request.as_json else partial(Console().print, soft_wrap=True, highlight=False)
     say(_headline(grid))
     _fetch_data(grid, request.data_dir)
@@ -74,7 +79,7 @@ def run_sweep(request: RunRequest) -> int:
     )
     try:
         with _stop_signals():
-            _watch(sweep, request)
+            _watch(sweep, request, say)
     except KeyboardInterrupt:
         say(f"Stopped. Everything finished is kept in {request.state_dir}; the same command goes on from there.")
         return INTERRUPTED
@@ -128,6 +133,7 @@ def _output_dirs(grid: Grid) -> list[str]:
 
 def _manager_arguments(request: RunRequest, num_workers: int) -> list[str]:
     options = ["--state-dir", str(request.state_dir), "--max-tasks", str(request.max_tasks)]
+    options += [word for root in request.output_roots for word in ("--allow-output-root", str(root))]
     hidden = ["--heartbeat-s", str(LOCAL_HEARTBEAT_S), "--expected-workers", str(num_workers)]
     return [*options, *hidden, *request.arguments]
 
@@ -151,10 +157,12 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(kind, handler)
 
 
-def _watch(sweep: LocalSweep, request: RunRequest) -> None:
+def _watch(sweep: LocalSweep, request: RunRequest, say: Callable[[str], object]) -> None:
     """Show the sweep until its manager ends."""
     try:
         sweep.start()
+        if sweep.address.pin is not None:
+            say(f"Workers elsewhere: fedsweep worker --token-file TOKEN --join '{sweep.address.for_others()}'")
         with choose(quiet=request.quiet, as_json=request.as_json) as display:
             while sweep.keep_alive():
                 if status := _status_or_none(sweep, request.state_dir):
@@ -168,7 +176,7 @@ def _watch(sweep: LocalSweep, request: RunRequest) -> None:
 
 def _status_or_none(sweep: LocalSweep, state_dir: Path) -> dict[str, Any] | None:
     try:
-        return _ask(sweep.host, sweep.port, read_token(state_dir / "token"))
+        return _ask(sweep.address, read_token(state_dir / "token"))
     except FedsweepError:
         return None  # the manager is being started again
 
@@ -208,38 +216,40 @@ def _failures(status: Mapping[str, Any], state_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def ask_status(state_dir: Path, manager: str | None = None, token_file: Path | None = None) -> dict[str, Any]:
+def ask_status(
+    state_dir: Path,
+    manager: str | None = None,
+    token_file: Path | None = None,
+    *,
+    insecure_plaintext: bool = False,
+) -> dict[str, Any]:
     """The answer of a running manager to `status`.
+
+    Args:
+        state_dir: of a manager on this machine, with its address and its token.
+        manager: HOST:PORT, or a join string; in place of the address there.
+        token_file: in place of the token there.
+        insecure_plaintext: send the token to another machine although nothing is encrypted.
 
     Raises:
         ManagerUnreachable: none answers there.
+        ManagerNotTrusted: what answers there is not that manager.
     """
-    host, port = _address(state_dir, manager)
-    return _ask(host, port, read_token(token_file or state_dir / "token"))
-
-
-def _address(state_dir: Path, manager: str | None) -> tuple[str, int]:
-    if manager is not None:
-        host, _, port = manager.rpartition(":")
-        if not host or not port.isdigit():
-            raise UsageError(f"--manager {manager}: expected HOST:PORT, as in 127.0.0.1:5000")
-        return host, int(port)
-    try:
-        address = json.loads((state_dir / "manager.json").read_text())
-        return address["host"], address["port"]
-    except (OSError, ValueError, KeyError):
+    address = known_address(state_dir) if manager is None else parse_address(manager)
+    if address is None:
         raise ManagerUnreachable(
             f"no manager is running on {state_dir}; name another --state-dir, or its address by --manager HOST:PORT"
-        ) from None
+        )
+    return _ask(address, read_token(token_file or state_dir / "token"), insecure_plaintext=insecure_plaintext)
 
 
-def _ask(host: str, port: int, token: str) -> dict[str, Any]:
-    client = ManagerClient(host, port, token, timeout=5.0)
-    try:
+def _ask(address: Address, token: str, *, insecure_plaintext: bool = False) -> dict[str, Any]:
+    client = ManagerClient(
+        address.host, address.port, token, timeout=5.0, pin=address.pin, insecure_plaintext=insecure_plaintext
+    )
+    with client:
         status: dict[str, Any] = client.ask({"type": "status"})["status"]
         return status
-    finally:
-        client.close()
 
 
 def show_status(status: Mapping[str, Any], *, as_json: bool = False) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedsweep.address import ADDRESS_FILE, Address
 from fedsweep.errors import FedsweepError
 
 # A process that dies this often within its first seconds will not live by being started once more.
@@ -119,10 +120,12 @@ class LocalSweep:
     state_dir: Path
     host: str = "127.0.0.1"
     port: int = 0
+    address: Address = field(init=False)
     manager: Child = field(init=False)
     workers: list[Child] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
+        self.address = Address(self.host, self.port)
         self.manager = self._child("manager", self._manager_command())
 
     def _manager_command(self) -> list[str]:
@@ -146,20 +149,21 @@ class LocalSweep:
                 raise ProcessGivenUp(f"the manager did not start in {timeout_s:.0f} s\n{self.manager.log_tail()}")
             time.sleep(pause_s)
         for index in range(self.num_workers):
-            address = ["--manager", f"{self.host}:{self.port}"]
+            address = ["--manager" if self.address.pin is None else "--join", str(self.address)]
             self.workers.append(self._child(f"worker-{index}", ["worker", *address, *self.worker_arguments]))
             self.workers[-1].start()
 
     def _read_address(self) -> bool:
         """Learn the port from the file that a listening manager leaves; one of an earlier manager does not count."""
         try:
-            address = json.loads((self.state_dir / "manager.json").read_text())
+            address = json.loads((self.state_dir / ADDRESS_FILE).read_text())
         except (OSError, ValueError):
             return False
         process = self.manager.process
         if process is None or address.get("pid") != process.pid:
             return False
         self.port = int(address["port"])
+        self.address = Address(self.host, self.port, address.get("pin"))
         # A manager that is started again must listen where the workers look for it.
         self.manager.arguments = self._manager_command()
         return True

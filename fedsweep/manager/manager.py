@@ -18,6 +18,7 @@ from fedsweep.errors import StateError, UsageError
 from fedsweep.manager import answers, service
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.fleet import LIVE_S
+from fedsweep.manager.output_roots import check_known_dirs, check_output_dirs
 from fedsweep.manager.protocol import Request
 from fedsweep.manager.records import PlanChange, Verdict
 from fedsweep.manager.refresher import Refresher
@@ -26,6 +27,7 @@ from fedsweep.manager.sources import read_sources
 from fedsweep.manager.state_dir import LEDGER_FILE, write_last_status
 from fedsweep.manager.state_json import read_state, write_state
 from fedsweep.manager.sweep import LEGACY_LEASE_S, OpenSweep
+from fedsweep.manager.tls import Identity
 from fedsweep.manager.views import CompletedSignatures, Tasks
 from fedsweep.plan.config import SweepConfig, parse
 from fedsweep.plan.experiment import from_config
@@ -50,11 +52,12 @@ class ExperimentManager:
         state_dir: where the ledger, the token and the address of this manager lie.
         overrides: `KEY=VALUE` strings that replace defaults of the configurations.
         allow_legacy: serve old clients, which send no token, on loopback.
-        insecure_plaintext: allow an address that other machines reach, although nothing is encrypted.
+        insecure_plaintext: do without TLS on an address that other machines reach.
         heartbeat_s: how often workers shall say that they live.
         lease_s: after how long a silent worker loses its task; twelve heartbeats if None.
         refresh_s: how often the results files are looked at for rows that others wrote.
         max_tasks: a grid with more points is refused.
+        output_roots: folders in which output folders may lie, besides the current one.
         expected_workers: how many workers will come within the first minute; the first leaves the others their share.
         stay: serve on when all is done.
         grace_s: how long a manager that is stopped still takes results of open attempts.
@@ -75,6 +78,7 @@ class ExperimentManager:
         lease_s: float | None = None,
         refresh_s: float = 5.0,
         max_tasks: int = 1_000_000,
+        output_roots: Sequence[str | Path] = (),
         expected_workers: int = 1,
         stay: bool = False,
         grace_s: float = 30.0,
@@ -92,12 +96,14 @@ class ExperimentManager:
         self.lease_s = LEASE_HEARTBEATS * heartbeat_s if lease_s is None else lease_s
         self.refresh_s = refresh_s
         self.max_tasks = max_tasks
+        self.output_roots = tuple(map(Path, output_roots))
         self.expected_workers = expected_workers
         self.stay = stay
         self.grace_s = grace_s
         self.clock = clock or Clock()
         self.lock = threading.RLock()
         self.running = False
+        self.identity: Identity | None = None  # what it shows on an address that other machines reach
         self.stops = 0  # how often it was told to stop
         self._open_sweep: OpenSweep | None = None
         self._config: SweepConfig | None = None
@@ -180,6 +186,8 @@ class ExperimentManager:
 
     def _take_over(self, path: Path) -> None:
         state = read_state(path)
+        folders = (cell.output_dir for task in state.tasks for cell in task.planned.cells)
+        check_known_dirs(folders, self.output_roots, str(path))
         with self.lock:
             brought = self.sweep.ledger.take_over(state, LEGACY_LEASE_S)
             self.load_completed_tasks()
@@ -209,8 +217,15 @@ class ExperimentManager:
         return self._config
 
     def generate_experiments(self) -> Grid:
-        """Every experiment that the configurations ask for, each once, with all its cells."""
-        return expand(self._config or self.load_all_configs(), self.max_tasks)
+        """Every experiment that the configurations ask for, each once, with all its cells.
+
+        Raises:
+            ConfigError: there are more than `max_tasks`, or rows would go outside the folders that are allowed.
+        """
+        config = self._config or self.load_all_configs()
+        grid = expand(config, self.max_tasks)
+        check_output_dirs(config, grid, self.output_roots)
+        return grid
 
     def generate_all_tasks(self) -> PlanChange:
         """Make the experiments of the configurations the tasks of the ledger; what is known of them is kept."""
@@ -282,7 +297,14 @@ class ExperimentManager:
 
     async def handle_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
-        await serve_connection(reader, writer, self.answer, token=self.sweep.token, allow_legacy=self.allow_legacy)
+        await serve_connection(
+            reader,
+            writer,
+            self.answer,
+            token=self.sweep.token,
+            tls=None if self.identity is None else self.identity.context,
+            allow_legacy=self.allow_legacy,
+        )
 
     def run_server(self) -> None:
         """Serve until the sweep is over or the manager is told to stop.
@@ -339,6 +361,7 @@ class ExperimentManager:
             self.generate_all_tasks()
         else:
             raise UsageError(f"{self.state_dir} has no tasks and no configuration is named; name a YAML file")
+        check_known_dirs(self.sweep.ledger.view.output_dirs(), self.output_roots, str(self.state_dir))
         self.load_completed_tasks()
         self.save_state()
         if self.stay or not self.check_all_complete() or not self._ended_in_order():

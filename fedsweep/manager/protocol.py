@@ -44,6 +44,7 @@ MAX_REASON = 500  # characters of the message of an error, so that old clients c
 ERROR_CODES = {
     "not_an_object": "The bytes are not a JSON object.",
     "tls_on_plain_port": "A TLS handshake arrived, but this port speaks plain text.",
+    "plain_on_tls_port": "Plain text arrived, but this port speaks TLS.",
     "too_large": "The message has more than 1,048,576 bytes.",
     "too_deep": "The message nests more than 32 levels.",
     "truncated": "The connection ended inside a message.",

@@ -6,18 +6,16 @@ import asyncio
 import contextlib
 import errno
 import hmac
-import ipaddress
 import logging
 import os
 import resource
-import secrets
 import socket
-import stat
-import tempfile
+import ssl
+import time
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
 from typing import Any
 
+from fedsweep.address import is_loopback
 from fedsweep.errors import FedsweepError, ProtocolError, UsageError
 from fedsweep.manager.protocol import (
     LEGACY_ACK,
@@ -32,16 +30,20 @@ from fedsweep.manager.protocol import (
     error_message,
     parse_request,
 )
+from fedsweep.manager.tls import HELLO, HandshakeFailed, TlsStream
 
 log = logging.getLogger(__name__)
+refusals = logging.getLogger(f"{__name__}.refusals")
 
 Answer = Callable[[Request, bool], Mapping[str, Any]]
+_Source = asyncio.StreamReader | TlsStream
+_Sink = asyncio.StreamWriter | TlsStream
 
 _CHUNK = 65_536
 _LINGER_S = 1.0
 _SPARE_FILES = 128  # file descriptors that the manager needs beside those of the connections
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # a silent peer is given up after 2 minutes
-_TOKEN_BYTES = 4096  # at most, in a token file
+_SELDOM_S = 10.0
 
 _OLD_STATUS_FIELDS = ("total", "pending", "assigned", "complete", "failed", "progress")
 _OLD_TASK_FIELDS = (
@@ -59,12 +61,34 @@ _OLD_TASK_FIELDS = (
 )
 
 
+class Seldom(logging.Filter):
+    """Lets one line of a kind through in ten seconds, so that nobody out there can fill the log."""
+
+    def __init__(self, pause_s: float = _SELDOM_S, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self.pause_s = pause_s
+        self.clock = clock
+        self.said_at: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the last line of this kind is long enough ago."""
+        kind, now = str(record.msg), self.clock()
+        if now - self.said_at.get(kind, -self.pause_s) < self.pause_s:
+            return False
+        self.said_at[kind] = now
+        return True
+
+
+refusals.addFilter(Seldom())
+
+
 async def serve_connection(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
     answer: Answer,
     *,
     token: str,
+    tls: ssl.SSLContext | None = None,
     allow_legacy: bool = False,
     request_timeout_s: float = REQUEST_TIMEOUT_S,
 ) -> None:
@@ -75,55 +99,96 @@ async def serve_connection(
         writer: where answers go; closed at the end.
         answer: maps a request, and whether an old client sent it, to the answer; a ProtocolError is answered as error.
         token: what every request must carry, but those of old clients.
+        tls: shake hands first, with this certificate; None: plain text.
         allow_legacy: serve requests without a token, on loopback.
         request_timeout_s: from the first byte of a request to its last, and for a client to take an answer. A client
             may be silent between requests as long as it likes, but only once it has sent a request that was admitted.
     """
-    frames = FrameReader()
-    gate = _Gate(token, allow_legacy=allow_legacy and _is_loopback_peer(writer))
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + request_timeout_s
+    deadline = asyncio.get_running_loop().time() + request_timeout_s
+    source: _Source = reader
+    sink: _Sink = writer
     try:
-        while True:
-            may_wait = gate.has_admitted and not frames.is_inside
-            async with asyncio.timeout_at(None if may_wait else deadline):
-                data = await reader.read(_CHUNK)
-            if not data:
-                break
-            if may_wait:
-                deadline = loop.time() + request_timeout_s
-            for frame in frames.feed(data):
-                writer.write(_reply(frame, answer, gate))
-                async with asyncio.timeout(request_timeout_s):
-                    await writer.drain()
-                await asyncio.sleep(0)  # a client with many requests at once does not keep others waiting
-                deadline = loop.time() + request_timeout_s
-        if frames.is_inside:
-            raise ProtocolError("truncated", "the connection ended inside a message")
+        if tls is not None:
+            source = sink = await _secured(reader, writer, tls, deadline)
+        gate = _Gate(token, allow_legacy=allow_legacy and is_loopback(_peer(writer)))
+        await _serve_requests(source, sink, answer, gate, deadline, request_timeout_s)
     except TimeoutError:
         text = f"no complete request in {request_timeout_s:g} s"
-        await _say_last(reader, writer, error_message("timeout", text))
+        await _say_last(source, sink, error_message("timeout", text))
     except ProtocolError as error:
-        await _say_last(reader, writer, error_message(error.code, str(error)))
+        refusals.warning(f"%s cannot be understood: {error.code}", _peer(writer))
+        await _say_last(source, sink, error_message(error.code, str(error)))
+    except HandshakeFailed as error:
+        refusals.warning("%s: no TLS connection came about (%s)", _peer(writer), error)
     except ConnectionError:
         pass  # the client has gone; what it holds comes back when its lease ends
     finally:
-        writer.close()
+        sink.close()
 
 
-async def _say_last(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: Mapping[str, Any]) -> None:
+async def _secured(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tls: ssl.SSLContext, deadline: float
+) -> TlsStream:
+    """Come to terms with the client on TLS.
+
+    Raises:
+        ProtocolError: it speaks plain text.
+        HandshakeFailed: it says nothing, or speaks TLS, or something like it, and nothing came of it.
+    """
+    try:
+        async with asyncio.timeout_at(deadline):
+            first = await reader.read(_CHUNK)
+            if not first:
+                raise HandshakeFailed("it left without a word")
+            if first[0] != HELLO:
+                text = "this port speaks TLS; use the join string that the manager printed: --join HOST:PORT#sha256:…"
+                raise ProtocolError("plain_on_tls_port", text)
+            stream = TlsStream(reader, writer, tls)
+            await stream.handshake(first)
+            return stream
+    except TimeoutError:
+        raise HandshakeFailed("not in time") from None
+
+
+async def _serve_requests(
+    source: _Source, sink: _Sink, answer: Answer, gate: _Gate, deadline: float, request_timeout_s: float
+) -> None:
+    """Answer requests until the client ends its side."""
+    frames = FrameReader()
+    loop = asyncio.get_running_loop()
+    while True:
+        may_wait = gate.has_admitted and not frames.is_inside
+        async with asyncio.timeout_at(None if may_wait else deadline):
+            data = await source.read(_CHUNK)
+        if not data:
+            break
+        if may_wait:
+            deadline = loop.time() + request_timeout_s
+        for frame in frames.feed(data):
+            sink.write(_reply(frame, answer, gate))
+            async with asyncio.timeout(request_timeout_s):
+                await sink.drain()
+            await asyncio.sleep(0)  # a client with many requests at once does not keep others waiting
+            deadline = loop.time() + request_timeout_s
+    if frames.is_inside:
+        raise ProtocolError("truncated", "the connection ended inside a message")
+    if isinstance(source, TlsStream) and not gate.has_asked:
+        raise HandshakeFailed("it left without a request; does it expect another certificate?")
+
+
+async def _say_last(source: _Source, sink: _Sink, message: Mapping[str, Any]) -> None:
     """Answer a client whose bytes cannot be read on, and wait a moment for its end.
 
     Closing while bytes of the client lie unread would reset the connection, and could destroy the answer with it.
     """
-    if writer.transport.get_write_buffer_size() > 0:
-        writer.transport.abort()  # it does not even take what it was told before
+    if sink.transport.get_write_buffer_size() > 0:
+        sink.transport.abort()  # it does not even take what it was told before
         return
     with contextlib.suppress(ConnectionError, TimeoutError):
-        writer.write(encode(message))
-        writer.write_eof()
+        sink.write(encode(message))
+        sink.write_eof()
         async with asyncio.timeout(_LINGER_S):
-            while await reader.read(_CHUNK):
+            while await source.read(_CHUNK):
                 pass
 
 
@@ -133,6 +198,7 @@ class _Gate:
     def __init__(self, token: str, *, allow_legacy: bool) -> None:
         self.token = token
         self.allow_legacy = allow_legacy
+        self.has_asked = False
         self.has_admitted = False
 
     def admit(self, message: Mapping[str, Any]) -> bool:
@@ -141,6 +207,7 @@ class _Gate:
         Raises:
             ProtocolError: it may not be served.
         """
+        self.has_asked = True
         given = message.get("token")
         if given is None and not self.allow_legacy:
             raise ProtocolError("unauthorized", "the token is missing; it lies in the manager's state directory")
@@ -159,6 +226,8 @@ def _reply(frame: Frame, answer: Answer, gate: _Gate) -> bytes:
         reply = answer(parse_request(message), is_legacy)
         return fitted(reply) if is_legacy else encode(reply)
     except ProtocolError as error:
+        if error.code == "unauthorized":
+            refusals.warning("a request was refused: %s", error)
         return encode(error_message(error.code, str(error)))
     except FedsweepError as error:
         log.warning("a request failed: %s", error)
@@ -189,16 +258,19 @@ def fitted(message: Mapping[str, Any]) -> bytes:
     return encoded
 
 
-def _is_loopback_peer(writer: asyncio.StreamWriter) -> bool:
+def _peer(writer: asyncio.StreamWriter) -> str:
+    """The address of the other side, in numbers."""
     peer = writer.get_extra_info("peername")
-    return bool(peer) and _is_loopback(peer[0])
+    return str(peer[0]) if peer else ""
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return host == "localhost"
+async def is_exposed(host: str, port: int) -> bool:
+    """Whether other machines can reach the addresses that a host name means.
+
+    Raises:
+        UsageError: there is no such host.
+    """
+    return not all(map(is_loopback, await _resolve(host, port)))
 
 
 async def listen(
@@ -206,7 +278,8 @@ async def listen(
     port: int,
     handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
     *,
-    insecure_plaintext: bool = False,
+    exposed: bool = False,
+    speaks_tls: bool = False,
     max_connections: int = MAX_CONNECTIONS,
 ) -> asyncio.Server:
     """Listen on an address; `handle` gets every connection up to `max_connections` at once.
@@ -215,27 +288,25 @@ async def listen(
         host: a name or an address.
         port: 0 picks a free one, on one address of the host.
         handle: serves one connection, as `serve_connection` does.
-        insecure_plaintext: also where other machines can connect.
+        exposed: also where other machines can connect. Otherwise the address that was bound is checked before
+            anybody is let in.
+        speaks_tls: whether `handle` expects TLS, so that nobody is told anything in plain text here.
         max_connections: the next one is told `too_many_connections` and closed.
 
     Raises:
-        UsageError: the address is taken or not ours, or not loopback while plain text off loopback was not asked for.
+        UsageError: the address is taken or not ours, or others can reach it although that was not asked for.
     """
     if not 0 <= port <= 65_535:
         raise UsageError(f"port {port}: expected 0 to 65535")
     addresses = await _resolve(host, port)
-    if not insecure_plaintext and not all(_is_loopback(address) for address in addresses):
-        raise UsageError(
-            f"--host {host} can be reached from other machines, and the connection is not encrypted. Listen on "
-            "127.0.0.1 and use an SSH tunnel, or accept the risk with --insecure-plaintext."
-        )
     _allow_open_files(max_connections + _SPARE_FILES)
     open_connections = 0
 
     async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal open_connections
         if open_connections >= max_connections:
-            writer.write(encode(error_message("too_many_connections", f"{max_connections:,} connections are open")))
+            if not speaks_tls:
+                writer.write(encode(error_message("too_many_connections", f"{max_connections:,} connections are open")))
             writer.close()
             return
         open_connections += 1
@@ -248,11 +319,24 @@ async def listen(
     # Each address would get a free port of its own.
     chosen = addresses[:1] if port == 0 else addresses
     try:
-        return await asyncio.start_server(
-            admit, chosen, port, backlog=max_connections, limit=_CHUNK, reuse_address=True
+        server = await asyncio.start_server(
+            admit, chosen, port, backlog=max_connections, limit=_CHUNK, reuse_address=True, start_serving=False
         )
     except OSError as error:
         raise UsageError(f"cannot listen on {host}:{port}: {_reason(error)}") from None
+    if not exposed and (bound := [each for each in _bound(server) if not is_loopback(each)]):
+        server.close()
+        raise UsageError(f"--host {host} is {bound[0]}, which other machines can reach; nothing would be encrypted")
+    try:
+        await server.start_serving()
+    except OSError as error:
+        server.close()
+        raise UsageError(f"cannot listen on {host}:{port}: {_reason(error)}") from None
+    return server
+
+
+def _bound(server: asyncio.Server) -> list[str]:
+    return [str(each.getsockname()[0]) for each in server.sockets]
 
 
 async def _resolve(host: str, port: int) -> list[str]:
@@ -292,51 +376,3 @@ def _tune(writer: asyncio.StreamWriter) -> None:
     for name, value in _KEEPALIVE.items():
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def ensure_token(path: Path) -> str:
-    """The token in the file; made now, readable by its owner alone, where there is none.
-
-    Raises:
-        UsageError: there is a file, and it holds no token.
-    """
-    if not os.path.lexists(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)  # mode 0600
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(secrets.token_urlsafe(32) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    return read_token(path)
-
-
-def read_token(path: Path) -> str:
-    """The token in the file.
-
-    Raises:
-        UsageError: the file is missing, unreadable or empty, or holds something else.
-    """
-    try:
-        token = _read_small_file(path).decode("ascii").strip()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not a text file with a token"
-        raise UsageError(
-            f"no token in {path} ({reason}); it lies in the manager's state directory: name it by --token-file"
-        ) from None
-    if not token:
-        raise UsageError(f"the token file {path} is empty; delete it and start the manager again")
-    return token
-
-
-def _read_small_file(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # not waiting for the other end of a FIFO
-    try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > _TOKEN_BYTES:
-            raise ValueError
-        if facts.st_mode & 0o077:
-            log.warning("others can read the token file %s; make it yours alone: chmod 600", path)
-        return os.read(descriptor, _TOKEN_BYTES)
-    finally:
-        os.close(descriptor)

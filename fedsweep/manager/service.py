@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fedsweep.manager.server import listen
-from fedsweep.manager.state_dir import remove_address, write_address
+from fedsweep.address import Address
+from fedsweep.errors import UsageError
+from fedsweep.manager.server import is_exposed, listen
+from fedsweep.manager.state_dir import TLS_FILE, remove_address, write_address
+from fedsweep.manager.tls import ensure_identity
 
 if TYPE_CHECKING:
     from fedsweep.manager.manager import ExperimentManager
@@ -28,13 +31,17 @@ async def serve(manager: ExperimentManager, *, stay: bool, grace_s: float) -> No
     """Listen, answer, look after leases, and return when the sweep is over (unless told to `stay`) or was stopped.
 
     Raises:
-        UsageError: the address cannot be listened on.
+        UsageError: the address cannot be listened on, or not so.
     """
     connections = _Connections(manager)
-    server = await listen(manager.host, manager.port, connections.serve, insecure_plaintext=manager.insecure_plaintext)
+    exposed = await is_exposed(manager.host, manager.port)
+    if exposed:
+        _secure(manager)
+    server = await listen(
+        manager.host, manager.port, connections.serve, exposed=exposed, speaks_tls=manager.identity is not None
+    )
     manager.port = server.sockets[0].getsockname()[1]
-    write_address(manager.state_dir, manager.host, manager.port)
-    log.info("listening on %s:%d", manager.host, manager.port)
+    _announce(manager)
     manager.running = True
     try:
         with _stop_signals(manager):
@@ -44,6 +51,34 @@ async def serve(manager: ExperimentManager, *, stay: bool, grace_s: float) -> No
         remove_address(manager.state_dir)
         server.close()
         await connections.close()
+
+
+def _secure(manager: ExperimentManager) -> None:
+    """See to it that nothing secret crosses a network unencrypted, or say aloud that it will.
+
+    Raises:
+        UsageError: old clients were to be served here, or there is no certificate to be had.
+    """
+    if manager.allow_legacy:
+        raise UsageError(
+            f"--allow-legacy serves clients that send no token, so it needs an address that this machine alone "
+            f"reaches; --host {manager.host} is none. Leave --host out, and let others come by an SSH tunnel."
+        )
+    if manager.insecure_plaintext:
+        log.warning("NOT ENCRYPTED: whoever can read along on the network of %s gets the token", manager.host)
+    else:
+        manager.identity = ensure_identity(manager.state_dir / TLS_FILE)
+
+
+def _announce(manager: ExperimentManager) -> None:
+    """Leave word where this manager listens; print the join string, where other machines need one."""
+    pin = None if manager.identity is None else manager.identity.pin
+    address = Address(manager.host, manager.port, pin)
+    write_address(manager.state_dir, address)
+    log.info("listening on %s", address.place)
+    if pin is not None:
+        log.info("workers on other machines: fedsweep worker --token-file COPY_OF_THE_TOKEN --join (what follows)")
+        print(address.for_others(), flush=True)
 
 
 class _Connections:

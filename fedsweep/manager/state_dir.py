@@ -11,11 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fedsweep.address import ADDRESS_FILE, Address
 from fedsweep.errors import StateError, StateHeldError
 
 LEDGER_FILE = "ledger.sqlite3"
 TOKEN_FILE = "token"
-ADDRESS_FILE = "manager.json"
+TLS_FILE = "tls.pem"
 STATUS_FILE = "last_status.json"
 LOCK_FILE = "manager.lock"
 
@@ -61,9 +62,10 @@ class StateLock:
         self.release()
 
 
-def write_address(state_dir: Path, host: str, port: int) -> None:
-    """Leave word where the manager of this state directory listens."""
-    _write_json(state_dir / ADDRESS_FILE, {"host": host, "port": port, "pid": os.getpid()})
+def write_address(state_dir: Path, address: Address) -> None:
+    """Leave word where the manager of this state directory listens, and by which certificate it is known."""
+    word = {"host": address.host, "port": address.port, "pin": address.pin, "pid": os.getpid()}
+    _write_json(state_dir / ADDRESS_FILE, word)
 
 
 def remove_address(state_dir: Path) -> None:

@@ -15,9 +15,9 @@ from fedsweep.manager.outputs import Outputs
 from fedsweep.manager.projection import Projection
 from fedsweep.manager.protocol import MAX_MESSAGE, TaskProgress, encode
 from fedsweep.manager.records import LedgerUnwritable, Task, UnknownTask, Verdict
-from fedsweep.manager.server import ensure_token
 from fedsweep.manager.state_dir import LEDGER_FILE, TOKEN_FILE, StateLock
 from fedsweep.manager.status import StatusReporter, brief
+from fedsweep.manager.token import ensure_token
 
 log = logging.getLogger(__name__)
 

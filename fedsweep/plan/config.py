@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedsweep.errors import ConfigError, Problem
@@ -37,6 +37,7 @@ class Phase:
     base: Mapping[str, Any]  # every parameter but the seed: built-in, then defaults, then the phase's, then overrides
     varied: Mapping[str, tuple[Any, ...]]  # in order; the first varies slowest
     seeds: tuple[int, ...]
+    output_dir_place: tuple[str, int, str] = field(default=("", 0, ""), compare=False)  # file, line and path of it
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,11 @@ def _phase(draft: PhaseDraft) -> Phase:
     base = {name: value for name, value in (defaults() | given).items() if name != "seed"}
     varied = {name: tuple(setting.value for setting in settings) for name, settings in draft.varied.items()}
     seeds = tuple(setting.value for setting in draft.seeds) or (DEFAULT_SEED,)
-    return Phase(draft.name, draft.file, draft.line, base, varied, seeds)
+    output_dir = draft.settings.get("output_dir")
+    place = (draft.file, draft.line, shown_key(draft.name))
+    if output_dir is not None:
+        place = (output_dir.file, output_dir.line, output_dir.path)
+    return Phase(draft.name, draft.file, draft.line, base, varied, seeds, place)
 
 
 def _read_overrides(overrides: Sequence[str], problems: list[Problem]) -> tuple[dict[str, Setting], list[Setting]]:

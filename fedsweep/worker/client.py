@@ -12,8 +12,10 @@ from typing import Any, Literal, Self
 
 from pydantic import ValidationError
 
-from fedsweep.errors import ManagerUnreachable, ProtocolError
+from fedsweep.address import Address
+from fedsweep.errors import ManagerNotTrusted, ManagerUnreachable, ProtocolError
 from fedsweep.manager.protocol import MAX_ERROR, MAX_MESSAGE, FrameReader, TaskMessage, decode, encode
+from fedsweep.worker.pinned import secure, stays_here
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +26,8 @@ DEFAULT_RETRY_AFTER_S = 1.0
 LONGEST_RETRY_AFTER_S = 60.0
 # Errors that pass: the request was right, the manager could not serve it just then.
 PASSING = ("retry_later", "internal", "timeout", "too_many_connections")
+# Errors of a manager that does not speak as we do: with TLS, or without.
+OTHER_SPEECH = ("tls_on_plain_port", "plain_on_tls_port")
 _CHUNK = 65_536
 
 
@@ -48,11 +52,16 @@ class ManagerClient:
     the protocol allows: a result that arrives twice counts once, and a task that was handed out unheard comes back
     when its lease ends. Managers of old, which answer one request without a newline and close, are understood too.
 
+    Whom it must not trust gets neither token nor request. Where that is so from the start, the caller hears why. Later
+    it only counts as a manager that is away: a stranger on the line shall not end a worker that holds results.
+
     Args:
         host: where the manager listens.
         port: likewise.
         token: the manager's token; None for a manager of old.
         timeout: seconds that one attempt at a request may take.
+        pin: SHA-256 of the manager's certificate, 64 hex digits; None: it speaks plain text.
+        insecure_plaintext: send the token to another machine although nothing is encrypted.
         retries: attempts after the first.
         sleep: waits that many seconds between attempts.
         clock: seconds of a clock that never goes back.
@@ -66,20 +75,43 @@ class ManagerClient:
         token: str | None,
         timeout: float = 30.0,
         *,
+        pin: str | None = None,
+        insecure_plaintext: bool = False,
         retries: int = RETRIES,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self.host = host
-        self.port = port
+        self.address = Address(host, port, pin)
         self.token = token
         self.timeout = timeout
+        self.insecure_plaintext = insecure_plaintext
+        self.has_met_manager = False
         self.retries = retries
         self.sleep = sleep
         self.clock = clock
         self.jitter = jitter
         self.connection: socket.socket | None = None
+
+    def another(self, *, timeout: float, retries: int) -> ManagerClient:
+        """A client of the same manager, with a connection of its own."""
+        made = ManagerClient(
+            self.address.host,
+            self.address.port,
+            self.token,
+            timeout,
+            pin=self.address.pin,
+            insecure_plaintext=self.insecure_plaintext,
+            retries=retries,
+        )
+        made.has_met_manager = self.has_met_manager
+        return made
+
+    def move_to(self, address: Address) -> None:
+        """Talk to this address from now on."""
+        if address != self.address:
+            self.close()
+            self.address = address
 
     def __enter__(self) -> Self:
         return self
@@ -98,6 +130,7 @@ class ManagerClient:
 
         Raises:
             ManagerUnreachable: no manager answered, after the retries.
+            ManagerNotTrusted: what answers is not the manager that was named, and never was.
             ProtocolError: the manager refused the request, or it is too large to be sent.
         """
         request = encode(message if self.token is None else {**message, "token": self.token})
@@ -113,26 +146,52 @@ class ManagerClient:
             if attempt:
                 self.sleep(min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S) * (0.5 + self.jitter()))
             try:
-                return self._exchange(request)
+                reply = self._exchange(request)
             except OSError as error:
-                reason = f"no manager answers at {self.host}:{self.port} ({error.strerror or error})"
+                reason = f"no manager answers at {self.address.place} ({error.strerror or error})"
                 self.close()
             except ProtocolError as error:
                 # Whoever this is did not refuse the request: it did not understand it.
-                reason = f"what answers at {self.host}:{self.port} is no manager ({error})"
+                reason = f"what answers at {self.address.place} is no manager ({error})"
                 self.close()
+                break
+            except ManagerNotTrusted as error:
+                self.close()
+                if not self.has_met_manager:
+                    raise
+                reason = str(error)
                 break
             except BaseException:  # a signal's, say: the answer that is still to come belongs to no later request
                 self.close()
                 raise
+            else:
+                self.has_met_manager = True
+                return reply
         raise ManagerUnreachable(reason)
+
+    def _connect(self) -> socket.socket:
+        """A connection to the manager, over which the token may go."""
+        host, port, pin = self.address.host, self.address.port, self.address.pin
+        connection = socket.create_connection((host, port), timeout=self.timeout)
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if pin is not None:
+                return secure(connection, pin, self.address.place)
+            if self.token is not None and not (self.insecure_plaintext or stays_here(connection)):
+                raise ManagerNotTrusted(
+                    f"{self.address.place} is another machine, and the token would cross the network unencrypted. Use "
+                    "the join string that the manager printed (--join), or accept the risk with --insecure-plaintext."
+                )
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _exchange(self, request: bytes) -> dict[str, Any]:
         deadline = self.clock() + self.timeout
         if self.connection is None or _has_ended(self.connection):
             self.close()
-            self.connection = socket.create_connection((self.host, self.port), timeout=self.timeout)
-            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.connection = self._connect()
         self.connection.settimeout(self._until(deadline))
         self.connection.sendall(request)
         frames = FrameReader()
@@ -143,9 +202,20 @@ class ManagerClient:
                 raise ConnectionResetError("it closed the connection without an answer")
             for frame in frames.feed(data):
                 reply = decode(frame.raw)
+                self._check_speech(reply)
                 if not frame.newline:
                     self.close()  # an old manager: one request for a connection
                 return reply
+
+    def _check_speech(self, reply: Mapping[str, Any]) -> None:
+        """Tell errors of the line from refusals of the manager, which never saw the request then."""
+        code, message = reply.get("code"), reply.get("message")
+        if reply.get("type") != "error":
+            return
+        if code == "truncated":
+            raise ConnectionResetError("the request was cut off on its way")
+        if code in OTHER_SPEECH:
+            raise ManagerNotTrusted(f"the manager at {self.address.place} says: {message}")
 
     def _until(self, deadline: float) -> float:
         left = deadline - self.clock()
@@ -158,7 +228,7 @@ def _has_ended(connection: socket.socket) -> bool:
     """Whether the manager closed a connection on which nobody waits (or said something on it, which is as bad)."""
     connection.setblocking(False)  # MSG_DONTWAIT alone would not do: with a time-out, Python itself waits
     try:
-        connection.recv(1, socket.MSG_PEEK)
+        socket.socket.recv(connection, 1, socket.MSG_PEEK)  # the bytes themselves, under TLS too
     except BlockingIOError:
         return False
     except OSError:

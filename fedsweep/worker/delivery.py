@@ -59,7 +59,7 @@ def deliver_spool(spool_dir: Path, client: ManagerClient, worker_id: str) -> boo
 
 def last_words(client: ManagerClient) -> ManagerClient:
     """A new connection to the same manager: a stop signal may have come in the middle of an exchange on the old one."""
-    return ManagerClient(client.host, client.port, client.token, timeout=RELEASE_TIMEOUT_S, retries=0)
+    return client.another(timeout=RELEASE_TIMEOUT_S, retries=0)
 
 
 def give_back(task: TaskMessage, client: ManagerClient, worker_id: str) -> bool:

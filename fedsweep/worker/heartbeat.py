@@ -26,7 +26,7 @@ class Heartbeat:
 
     def __init__(self, client: ManagerClient, worker_id: str, device: str) -> None:
         """Talk to the manager of `client`, for a worker on `device` (a name for people)."""
-        self.client = ManagerClient(client.host, client.port, client.token, timeout=LONGEST_WAIT_S, retries=0)
+        self.client = client.another(timeout=LONGEST_WAIT_S, retries=0)
         self.worker_id = worker_id
         self.device = device
         self._tasks: dict[str, TaskMessage] = {}

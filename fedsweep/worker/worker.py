@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from fedsweep.address import DEFAULT, known_address, parse_address
 from fedsweep.errors import Preempted, ProtocolError, UsageError
 from fedsweep.worker.client import ManagerClient, TaskReply
 from fedsweep.worker.cpus import available_cpus
@@ -33,13 +34,14 @@ PATIENCE_S = 3600.0  # for a manager that has never answered
 
 
 def worker_loop(
-    manager: str = "127.0.0.1:5000",
+    manager: str | None = None,
     device: str = "auto",
     token_file: str | Path | None = None,
     state_dir: str | Path = ".fedsweep",
     data_dir: str | Path | None = None,
     worker_id: str | None = None,
     *,
+    insecure_plaintext: bool = False,
     threads: int | None = None,
     lock_dir: str | Path = LOCK_DIR,
     patience_s: float = PATIENCE_S,
@@ -51,12 +53,14 @@ def worker_loop(
     and takes no new task meanwhile. What it has computed waits in the spool.
 
     Args:
-        manager: HOST:PORT.
+        manager: HOST:PORT, or a join string HOST:PORT#sha256:… of a manager that speaks TLS; if not given, where the
+            manager of `state_dir` listens, or 127.0.0.1:5000.
         device: `auto`, `cpu` or `cuda:N`.
         token_file: file with the manager's token; `token` in `state_dir` if not given.
         state_dir: where undelivered results wait, in `spool`, and experiments in the middle, in `checkpoints`.
         data_dir: folder with the official data files.
         worker_id: what the manager calls this worker; made of host, PID and chance if not given.
+        insecure_plaintext: send the token to another machine although nothing is encrypted.
         threads: that train at the same time, on a CPU; as many as there are CPUs if not given. They change no row.
         lock_dir: where the GPU locks are.
         patience_s: how long to try a manager that has never answered.
@@ -68,12 +72,14 @@ def worker_loop(
     Raises:
         GpuUnavailable: the GPU that was asked for cannot be had.
         UsageError: an argument is wrong, or the manager does not accept the token.
+        ManagerNotTrusted: what answers is not the manager that was named.
     """
-    host, port = _address(manager)
+    given = None if manager is None else parse_address(manager)
+    address = given or known_address(Path(state_dir)) or DEFAULT
     claimed = claim_device(device, lock_dir)
     prepare_torch()
     station = Station(
-        client=ManagerClient(host, port, None),
+        client=ManagerClient(address.host, address.port, None, pin=address.pin, insecure_plaintext=insecure_plaintext),
         worker_id=worker_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}",
         spool_dir=Path(state_dir) / "spool",
         device=claimed,
@@ -82,8 +88,13 @@ def worker_loop(
         checkpoint_dir=Path(state_dir) / "checkpoints",
         checkpoint_s=checkpoint_s,
     )
-    loop = _Loop(station, Path(token_file or Path(state_dir) / "token"), give_up_at=time.monotonic() + patience_s)
-    log.info("worker %s on %s asks %s", station.worker_id, device_name(claimed.torch_name), manager)
+    loop = _Loop(
+        station,
+        Path(token_file or Path(state_dir) / "token"),
+        give_up_at=time.monotonic() + patience_s,
+        state_dir=Path(state_dir) if given is None else None,
+    )
+    log.info("worker %s on %s asks %s", station.worker_id, device_name(claimed.torch_name), address.place)
     try:
         with station.stop, station.client:
             return loop.run()
@@ -92,13 +103,6 @@ def worker_loop(
         return 0
     finally:
         claimed.release()
-
-
-def _address(manager: str) -> tuple[str, int]:
-    host, _, port = manager.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"--manager {manager}: expected HOST:PORT, as in 127.0.0.1:5000")
-    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 @dataclass
@@ -111,6 +115,7 @@ class _Loop:
     has_answered: bool = False
     is_spool_due: bool = True  # whether to look for results that wait before asking
     pause_s: float = FIRST_PAUSE_S
+    state_dir: Path | None = None  # where the manager leaves word of its address; None: one was given
 
     @property
     def client(self) -> ManagerClient:
@@ -128,7 +133,7 @@ class _Loop:
             reply = self._ask()
             if reply.kind == "unreachable":
                 if not self.has_answered and time.monotonic() >= self.give_up_at:
-                    log.error("no manager has ever answered at %s:%d; giving up", self.client.host, self.client.port)
+                    log.error("no manager has ever answered at %s; giving up", self.client.address.place)
                     return 1
                 self._pause()
                 continue
@@ -146,10 +151,12 @@ class _Loop:
     def _pause(self) -> None:
         """Wait for a manager that is away, longer each time."""
         if self.pause_s == FIRST_PAUSE_S:
-            log.warning("no manager answers at %s:%d; trying again until one does", self.client.host, self.client.port)
+            log.warning("no manager answers at %s; trying again until one does", self.client.address.place)
         self.is_spool_due = True
         self.stop.sleep(self.pause_s * (0.5 + random.random()))
         self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)
+        if self.state_dir and (moved := known_address(self.state_dir)):
+            self.client.move_to(moved)
 
     def _ask(self) -> TaskReply:
         """Ask for a task, once everything is delivered that waits. A stop signal takes effect before and after."""
@@ -195,7 +202,7 @@ class _Loop:
         if token == self.client.token:
             found = f"there is none in {self.token_file}" if token is None else f"not that in {self.token_file}"
             raise UsageError(
-                f"the manager at {self.client.host}:{self.client.port} asks for its token, and {found} ({refusal}); "
+                f"the manager at {self.client.address.place} asks for its token, and {found} ({refusal}); "
                 "copy it from the manager's state directory and name it by --token-file"
             )
         self.client.token = token

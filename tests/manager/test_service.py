@@ -299,13 +299,11 @@ def test_tokens_are_required_and_old_clients_are_let_in_on_demand(serve, folder)
     assert manager.sweep.ledger._lease_ends.popitem()[1] > time.monotonic() + 5 * 3600
 
 
-def test_a_taken_port_and_an_open_address_are_refused(folder, two_phases):
+def test_a_taken_port_is_refused(folder, two_phases):
     (folder / "sweep.yaml").write_text(two_phases)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UsageError, match="cannot listen on"):
             ExperimentManager(["sweep.yaml"], port=taken.getsockname()[1]).start()
-    with pytest.raises(UsageError, match="can be reached from other machines"):
-        ExperimentManager(["sweep.yaml"], host="0.0.0.0", port=0).start()
     assert not Path(".fedsweep/manager.json").exists()

@@ -335,6 +335,14 @@ def test_an_error_is_raised_with_its_code_and_the_connection_is_kept(world: Worl
     assert manager.connections == 1
 
 
+def test_a_request_that_was_cut_off_on_its_way_was_not_refused(world: World) -> None:
+    """A spool that took this for a refusal would set the result aside."""
+    error = {"type": "error", "code": "truncated", "message": "the connection ended inside a message"}
+    client, manager = world.of(answering(error), always({"type": "ack", "status": "accepted"}))
+    assert submit_result_to_manager(client, "a_0_1", "w", {"mean_test_acc": 0.5}) is True
+    assert [each["type"] for each in manager.requests] == ["submit_result", "submit_result"]
+
+
 def test_what_is_too_large_is_not_sent(world: World, closed_port: int) -> None:
     with pytest.raises(ProtocolError, match="at most 1,048,576") as caught:
         world.client(closed_port).ask({"type": "submit_result", "result_data": {"device": "x" * 2_000_000}})

@@ -1,0 +1,192 @@
+"""Servers and managers in a thread, raw clients, and a network that can be made bad."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsweep.manager import ExperimentManager
+from fedsweep.manager.protocol import Request
+from fedsweep.manager.server import listen, refusals, serve_connection
+
+TOKEN = "t0ken-of-the-tests"
+STATUS = json.dumps({"type": "status", "token": TOKEN}).encode() + b"\n"
+SWEEP = """\
+defaults: {dataset: digits, model_type: lr, width_factor: 2, depth: 1, num_clients: 2, output_dir: "out/{phase}"}
+seeds: [1, 2]
+first:
+  combinations:
+    - poison_ratio: [0.0, 0.5]
+"""
+
+
+@pytest.fixture(autouse=True)
+def every_refusal_is_logged() -> None:
+    """The log may have a line of each kind again."""
+    for each in refusals.filters:
+        each.said_at.clear()  # type: ignore[union-attr]
+
+
+def answer(request: Request, legacy: bool) -> dict[str, Any]:
+    return {"type": "status", "status": {"total": 3}}
+
+
+@contextmanager
+def run_server(
+    answer: Callable[[Request, bool], Mapping[str, Any]] = answer, max_connections: int = 2048, **options: Any
+) -> Iterator[int]:
+    """A server in a thread of its own; its port."""
+    started: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await serve_connection(reader, writer, answer, token=TOKEN, **options)
+
+    async def serve() -> None:
+        speaks_tls = options.get("tls") is not None
+        server = await listen("127.0.0.1", 0, handle, max_connections=max_connections, speaks_tls=speaks_tls)
+        stop = asyncio.Event()
+        started.set_result((server.sockets[0].getsockname()[1], asyncio.get_running_loop(), stop))
+        await stop.wait()
+        server.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    port, loop, stop = started.result(timeout=10)
+    try:
+        yield port
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[..., int]]:
+    """Start a server with these options; its port. It ends with the test."""
+    with ExitStack() as stack:
+        yield lambda *positional, **options: stack.enter_context(run_server(*positional, **options))
+
+
+class Client:
+    """A raw socket; nothing of ours."""
+
+    def __init__(self, port: int, *, secure: Callable[[socket.socket], socket.socket] | None = None) -> None:
+        self.socket: socket.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if secure is not None:
+            self.socket = secure(self.socket)
+        self.received = b""
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def answer(self) -> dict[str, Any]:
+        """The next line."""
+        while b"\n" not in self.received:
+            data = self.socket.recv(65_536)
+            assert data, f"closed after {self.received!r}"
+            self.received += data
+        line, _, self.received = self.received.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def ask(self, **message: Any) -> dict[str, Any]:
+        self.send(json.dumps(message).encode() + b"\n")
+        return self.answer()
+
+    def is_closed(self) -> bool:
+        """Whether the server closes without another word."""
+        try:
+            return not self.received and not self.socket.recv(1)
+        except ConnectionError:
+            return True
+
+
+@pytest.fixture(scope="session")
+def raw() -> type[Client]:
+    return Client
+
+
+@pytest.fixture(scope="session")
+def status_request() -> bytes:
+    return STATUS
+
+
+@pytest.fixture(scope="session")
+def token() -> str:
+    return TOKEN
+
+
+@pytest.fixture
+def managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ExperimentManager]]:
+    """Start the manager of a YAML text in a thread, and wait until it listens. Each ends with the test."""
+    monkeypatch.chdir(tmp_path)
+    running: list[tuple[ExperimentManager, threading.Thread]] = []
+
+    def begin(text: str = SWEEP, **options: Any) -> ExperimentManager:
+        Path("sweep.yaml").write_text(text)
+        manager = ExperimentManager(["sweep.yaml"], **{"port": 0, "stay": True, "heartbeat_s": 0.5, **options})
+        thread = threading.Thread(target=manager.start)
+        running.append((manager, thread))
+        thread.start()
+        until(lambda: manager.running or not thread.is_alive(), "the manager listens")
+        return manager
+
+    yield begin
+    for manager, thread in running:
+        end(manager, thread)
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[[Callable[[], object], str], None]:
+    return until
+
+
+def until(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
+    """Poll until the condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}"
+        time.sleep(0.005)
+
+
+def end(manager: ExperimentManager, thread: threading.Thread) -> None:
+    while thread.is_alive():
+        manager.stop()
+        thread.join(0.5)
+
+
+@pytest.fixture
+def stop() -> Callable[[ExperimentManager], None]:
+    """End a manager, with every connection, as a kill would (the ledger is closed in order)."""
+
+    def stop(manager: ExperimentManager) -> None:
+        manager.stop()
+        manager.stop()
+        until(lambda: not manager.running and manager._open_sweep is None, "the manager ends")
+
+    return stop
+
+
+@pytest.fixture
+def log_lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What the server has said of those that it refused."""
+    caplog.set_level(logging.INFO)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == refusals.name]
