@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fedsweep import __version__
-from fedsweep.errors import ConfigError, FedsweepError
+from fedsweep.errors import ConfigError, FedsweepError, UsageError
 
 app = typer.Typer(
     name="fedsweep",
@@ -38,6 +39,18 @@ Device = Annotated[str, typer.Option(help="`auto` (a free GPU, else the CPU), `c
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 MaxTasks = Annotated[int, typer.Option(help="Refuse a grid of more experiments than this.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
+ManagerAddress = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Where the manager listens.", show_default="from STATE_DIR"),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(help="File with the manager's token.", show_default="STATE_DIR/token"),
+]
+Names = Annotated[
+    list[str],
+    typer.Argument(metavar="TASK|PHASE|GROUP...", help="Names of tasks, of phases, of groups in `fedsweep failures`."),
+]
 ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 Heartbeat = Annotated[float, typer.Option(hidden=True)]
 ExpectedWorkers = Annotated[int, typer.Option(hidden=True)]
@@ -155,10 +168,7 @@ def manager(
 def worker(
     manager: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the manager listens.")] = "127.0.0.1:5000",
     device: Device = "auto",
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the manager's token.", show_default="STATE_DIR/token"),
-    ] = None,
+    token_file: TokenFile = None,
     data_dir: DataDir = None,
     state_dir: StateDir = Path(".fedsweep"),
     threads: Annotated[
@@ -186,14 +196,8 @@ def worker(
 
 @app.command()
 def status(
-    manager: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Where the manager listens.", show_default="from STATE_DIR"),
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the manager's token.", show_default="STATE_DIR/token"),
-    ] = None,
+    manager: ManagerAddress = None,
+    token_file: TokenFile = None,
     state_dir: StateDir = Path(".fedsweep"),
     as_json: Json = False,
 ) -> None:
@@ -201,6 +205,132 @@ def status(
     from fedsweep.run import ask_status, show_status
 
     show_status(ask_status(state_dir, manager, token_file), as_json=as_json)
+
+
+@app.command()
+def failures(
+    manager: ManagerAddress = None,
+    token_file: TokenFile = None,
+    state_dir: StateDir = Path(".fedsweep"),
+    as_json: Json = False,
+) -> None:
+    """Say what failed and why: failures of one cause together, and the command that repeats one of them.
+
+    Works while the sweep runs and afterwards. A cause is the type of the error and its message, without numbers,
+    addresses and paths, and the place in the code. Tasks that are still being tried count too, and so do workers that
+    were set aside because they failed whatever they were given.
+    """
+    from fedsweep.control import Sweep, ask_failures, show_failures
+
+    option = _state_option(manager, token_file, state_dir)
+    found = ask_failures(Sweep(state_dir, manager, token_file), option)
+    show_failures(found, as_json=as_json, state_option=option)
+
+
+@app.command()
+def repeat(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's name, as `fedsweep failures` shows it.")],
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="batched|reference",
+            help="`reference` is slow and easy to follow in a debugger.",
+            show_default="that of the configuration",
+        ),
+    ] = None,
+    manager: ManagerAddress = None,
+    token_file: TokenFile = None,
+    state_dir: StateDir = Path(".fedsweep"),
+    as_json: Json = False,
+) -> None:
+    """Run one experiment of a sweep once more in this terminal, with its seed: its rounds, its result or traceback.
+
+    Nothing is written, and the sweep hears nothing of it. Exit status: 0 if the experiment ended, 1 if it raised.
+    """
+    from fedsweep.control import Sweep
+
+    if engine not in (None, "batched", "reference"):
+        raise UsageError(f"--engine {engine}: expected batched or reference")
+    found = Sweep(state_dir, manager, token_file).ask({"type": "show_task", "task_id": task})["task"]
+    from fedsweep.repeat import repeat as run_again
+
+    raise typer.Exit(run_again(found, device=device, data_dir=data_dir, engine=engine, as_json=as_json))
+
+
+@app.command()
+def retry(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK|PHASE|GROUP]...",
+            help="Names of tasks, of phases, of groups in `fedsweep failures`.",
+            show_default="all that failed, without those that were cancelled",
+        ),
+    ] = None,
+    manager: ManagerAddress = None,
+    token_file: TokenFile = None,
+    state_dir: StateDir = Path(".fedsweep"),
+) -> None:
+    """Let failed tasks be tried again, as if they had never failed.
+
+    In a sweep that runs they wait at once; in one that has ended, the command that started it runs them. `fedsweep
+    retry cancelled` brings back what was cancelled.
+    """
+    from fedsweep.control import Sweep
+    from fedsweep.control import retry as retry_tasks
+
+    print(retry_tasks(Sweep(state_dir, manager, token_file), names or ()))
+
+
+@app.command()
+def cancel(
+    names: Names,
+    manager: ManagerAddress = None,
+    token_file: TokenFile = None,
+    state_dir: StateDir = Path(".fedsweep"),
+) -> None:
+    """Do not run these tasks. What is running is dropped; what is complete stays; `fedsweep retry` brings them back.
+
+    Of a phase those tasks are meant that no other phase asks for. They count as failed, with the cause "cancelled",
+    so that the sweep can end without them.
+    """
+    from fedsweep.control import Sweep
+    from fedsweep.control import cancel as cancel_tasks
+
+    print(cancel_tasks(Sweep(state_dir, manager, token_file), names))
+
+
+@app.command()
+def drain(
+    manager: ManagerAddress = None,
+    token_file: TokenFile = None,
+    state_dir: StateDir = Path(".fedsweep"),
+) -> None:
+    """End a running sweep gently: workers finish what they hold and get nothing more.
+
+    May take as long as the longest experiment under way. The command that started the sweep goes on where it ended.
+    """
+    from fedsweep.control import Sweep, end
+
+    print(end(Sweep(state_dir, manager, token_file), "drain"))
+
+
+@app.command()
+def stop(
+    manager: ManagerAddress = None,
+    token_file: TokenFile = None,
+    state_dir: StateDir = Path(".fedsweep"),
+) -> None:
+    """End a running sweep now: workers save what they hold, give it back and end, on all machines.
+
+    They hear it with their next sign of life, within ten seconds. The command that started the sweep goes on from the
+    round where each experiment was.
+    """
+    from fedsweep.control import Sweep, end
+
+    print(end(Sweep(state_dir, manager, token_file), "stop"))
 
 
 @app.command()
@@ -215,6 +345,13 @@ def report(
     from fedsweep.report.tables import show_report
 
     show_report(make_report(directories), as_json=as_json)
+
+
+def _state_option(manager: str | None, token_file: Path | None, state_dir: Path) -> str:
+    """What the next command needs to find the same sweep."""
+    options = {"--manager": manager, "--token-file": token_file}
+    options["--state-dir"] = None if state_dir == Path(".fedsweep") else state_dir
+    return "".join(f" {name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
 
 
 def _start_logging(exit_with_parent: bool) -> None:

@@ -76,16 +76,22 @@ def run_sweep(request: RunRequest) -> int:
         with _stop_signals():
             _watch(sweep, request)
     except KeyboardInterrupt:
-        say(f"Stopped. Everything finished is kept in {request.state_dir}; the same command goes on from there.")
-        return INTERRUPTED
+        return _say_stopped(request, say)
     code = sweep.manager.returncode
     if code == WRONG_USAGE:  # it said why in one line, as every command does
         raise UsageError(sweep.manager.log_tail(1).removeprefix("fedsweep: "))
+    status = _last_status(request.state_dir)
+    if code in (0, INTERRUPTED) and not status.get("done", code == 0):  # `fedsweep drain`, `stop`, a signal to it
+        return _say_stopped(request, say)
     if code not in (0, 1):
         raise FedsweepError(f"the manager could not run the sweep:\n{sweep.manager.log_tail()}")
-    status = _last_status(request.state_dir)
     _finish(grid, status, request, time.monotonic() - started_at, int(code))
     return int(code)
+
+
+def _say_stopped(request: RunRequest, say: Any) -> int:
+    say(f"Stopped. Everything finished is kept in {request.state_dir}; the same command goes on from there.")
+    return INTERRUPTED
 
 
 def _no_words(*_: object) -> None:
@@ -168,7 +174,9 @@ def _watch(sweep: LocalSweep, request: RunRequest) -> None:
 
 def _status_or_none(sweep: LocalSweep, state_dir: Path) -> dict[str, Any] | None:
     try:
-        return _ask(sweep.host, sweep.port, read_token(state_dir / "token"))
+        token = read_token(state_dir / "token")
+        status: dict[str, Any] = _ask({"type": "status"}, sweep.host, sweep.port, token, 5.0)["status"]
+        return status
     except FedsweepError:
         return None  # the manager is being started again
 
@@ -205,6 +213,7 @@ def _failures(status: Mapping[str, Any], state_dir: Path) -> str:
     lines = [f"{count} experiment{'s' * (count != 1)} failed for good:"]
     lines += [f"  {failure['task_id']}: {failure['error']}" for failure in status.get("failures", ())]
     lines.append(f"Each has a log in its output folder's logs/; those of the workers are in {state_dir}/logs.")
+    lines.append("`fedsweep failures` tells causes apart, `fedsweep retry` lets them be tried again.")
     return "\n".join(lines)
 
 
@@ -214,8 +223,26 @@ def ask_status(state_dir: Path, manager: str | None = None, token_file: Path | N
     Raises:
         ManagerUnreachable: none answers there.
     """
+    status: dict[str, Any] = ask_manager({"type": "status"}, state_dir, manager, token_file)["status"]
+    return status
+
+
+def ask_manager(
+    message: Mapping[str, Any],
+    state_dir: Path,
+    manager: str | None = None,
+    token_file: Path | None = None,
+    *,
+    timeout: float = 5.0,
+) -> dict[str, Any]:
+    """The answer of a running manager to a message.
+
+    Raises:
+        ManagerUnreachable: none answers there.
+        ProtocolError: it refuses.
+    """
     host, port = _address(state_dir, manager)
-    return _ask(host, port, read_token(token_file or state_dir / "token"))
+    return _ask(message, host, port, read_token(token_file or state_dir / "token"), timeout)
 
 
 def _address(state_dir: Path, manager: str | None) -> tuple[str, int]:
@@ -233,13 +260,9 @@ def _address(state_dir: Path, manager: str | None) -> tuple[str, int]:
         ) from None
 
 
-def _ask(host: str, port: int, token: str) -> dict[str, Any]:
-    client = ManagerClient(host, port, token, timeout=5.0)
-    try:
-        status: dict[str, Any] = client.ask({"type": "status"})["status"]
-        return status
-    finally:
-        client.close()
+def _ask(message: Mapping[str, Any], host: str, port: int, token: str, timeout: float) -> dict[str, Any]:
+    with ManagerClient(host, port, token, timeout=timeout) as client:
+        return client.ask(message)
 
 
 def show_status(status: Mapping[str, Any], *, as_json: bool = False) -> None:
@@ -254,3 +277,4 @@ def show_status(status: Mapping[str, Any], *, as_json: bool = False) -> None:
         for failure in status["failures"]:
             table.add_row(failure["task_id"], failure["error"])
         console.print(table)
+        print("`fedsweep failures` puts them together by their cause, with tracebacks.")
