@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedsweep import __version__
 from fedsweep.errors import ConfigError, FedsweepError, UsageError
+
+if TYPE_CHECKING:
+    from fedsweep.control import Sweep
 
 app = typer.Typer(
     name="fedsweep",
@@ -40,6 +44,10 @@ Host = Annotated[
 ]
 MaxTasks = Annotated[int, typer.Option(help="Refuse a grid of more experiments than this.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
+Names = Annotated[
+    list[str],
+    typer.Argument(metavar="TASK|PHASE|GROUP...", help="Names of tasks, of phases, of groups in `fedsweep failures`."),
+]
 ExitWithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 Heartbeat = Annotated[float, typer.Option(hidden=True)]
 ExpectedWorkers = Annotated[int, typer.Option(hidden=True)]
@@ -255,6 +263,141 @@ def status(
 
 
 @app.command()
+def failures(
+    manager: ManagerAddress = None,
+    join: Join = None,
+    token_file: TokenFile = None,
+    insecure_plaintext: ClientPlaintext = False,
+    state_dir: StateDir = Path(".fedsweep"),
+    as_json: Json = False,
+) -> None:
+    """Say what failed and why: failures of one cause together, and the command that repeats one of them.
+
+    Works while the sweep runs and afterwards. A cause is the type of the error and its message, without numbers,
+    addresses and paths, and the place in the code. Tasks that are still being tried count too, and so do workers that
+    were set aside because they failed whatever they were given.
+    """
+    from fedsweep.control import ask_failures, show_failures
+
+    option = _state_option(manager, join, token_file, state_dir)
+    found = ask_failures(_sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext), option)
+    show_failures(found, as_json=as_json, state_option=option)
+
+
+@app.command()
+def repeat(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's name, as `fedsweep failures` shows it.")],
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="batched|reference",
+            help="`reference` is slow and easy to follow in a debugger.",
+            show_default="that of the configuration",
+        ),
+    ] = None,
+    manager: ManagerAddress = None,
+    join: Join = None,
+    token_file: TokenFile = None,
+    insecure_plaintext: ClientPlaintext = False,
+    state_dir: StateDir = Path(".fedsweep"),
+    as_json: Json = False,
+) -> None:
+    """Run one experiment of a sweep once more in this terminal, with its seed: its rounds, its result or traceback.
+
+    Nothing is written, and the sweep hears nothing of it. Exit status: 0 if the experiment ended, 1 if it raised.
+    """
+    if engine not in (None, "batched", "reference"):
+        raise UsageError(f"--engine {engine}: expected batched or reference")
+    sweep = _sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext)
+    found = sweep.ask({"type": "show_task", "task_id": task})["task"]
+    from fedsweep.repeat import repeat as run_again
+
+    raise typer.Exit(run_again(found, device=device, data_dir=data_dir, engine=engine, as_json=as_json))
+
+
+@app.command()
+def retry(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TASK|PHASE|GROUP]...",
+            help="Names of tasks, of phases, of groups in `fedsweep failures`.",
+            show_default="all that failed, without those that were cancelled",
+        ),
+    ] = None,
+    manager: ManagerAddress = None,
+    join: Join = None,
+    token_file: TokenFile = None,
+    insecure_plaintext: ClientPlaintext = False,
+    state_dir: StateDir = Path(".fedsweep"),
+) -> None:
+    """Let failed tasks be tried again, as if they had never failed.
+
+    In a sweep that runs they wait at once; in one that has ended, the command that started it runs them. `fedsweep
+    retry cancelled` brings back what was cancelled.
+    """
+    from fedsweep.control import retry as retry_tasks
+
+    print(retry_tasks(_sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext), names or ()))
+
+
+@app.command()
+def cancel(
+    names: Names,
+    manager: ManagerAddress = None,
+    join: Join = None,
+    token_file: TokenFile = None,
+    insecure_plaintext: ClientPlaintext = False,
+    state_dir: StateDir = Path(".fedsweep"),
+) -> None:
+    """Do not run these tasks. What is running is dropped; what is complete stays; `fedsweep retry` brings them back.
+
+    Of a phase those tasks are meant that no other phase asks for. They count as failed, with the cause "cancelled",
+    so that the sweep can end without them.
+    """
+    from fedsweep.control import cancel as cancel_tasks
+
+    print(cancel_tasks(_sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext), names))
+
+
+@app.command()
+def drain(
+    manager: ManagerAddress = None,
+    join: Join = None,
+    token_file: TokenFile = None,
+    insecure_plaintext: ClientPlaintext = False,
+    state_dir: StateDir = Path(".fedsweep"),
+) -> None:
+    """End a running sweep gently: workers finish what they hold and get nothing more.
+
+    May take as long as the longest experiment under way. The command that started the sweep goes on where it ended.
+    """
+    from fedsweep.control import end
+
+    print(end(_sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext), "drain"))
+
+
+@app.command()
+def stop(
+    manager: ManagerAddress = None,
+    join: Join = None,
+    token_file: TokenFile = None,
+    insecure_plaintext: ClientPlaintext = False,
+    state_dir: StateDir = Path(".fedsweep"),
+) -> None:
+    """End a running sweep now: workers save what they hold, give it back and end, on all machines.
+
+    They hear it with their next sign of life, within ten seconds. The command that started the sweep goes on from the
+    round where each experiment was.
+    """
+    from fedsweep.control import end
+
+    print(end(_sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext), "stop"))
+
+
+@app.command()
 def report(
     directories: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Output folders, each with a final_results.csv.")
@@ -277,6 +420,19 @@ def _one_address(manager: str | None, join: str | None) -> str | None:
     if join is not None:
         return str(parse_address(join, "--join"))
     return None if manager is None else str(parse_address(manager))
+
+
+def _sweep(state_dir: Path, manager: str | None, token_file: Path | None, insecure_plaintext: bool) -> Sweep:
+    from fedsweep.control import Sweep
+
+    return Sweep(state_dir, manager, token_file, insecure_plaintext=insecure_plaintext)
+
+
+def _state_option(manager: str | None, join: str | None, token_file: Path | None, state_dir: Path) -> str:
+    """What the next command needs to find the same sweep."""
+    options = {"--manager": manager, "--join": join, "--token-file": token_file}
+    options["--state-dir"] = None if state_dir == Path(".fedsweep") else state_dir
+    return "".join(f" {name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
 
 
 def _start_logging(exit_with_parent: bool) -> None:

@@ -81,16 +81,22 @@ def run_sweep(request: RunRequest) -> int:
         with _stop_signals():
             _watch(sweep, request, say)
     except KeyboardInterrupt:
-        say(f"Stopped. Everything finished is kept in {request.state_dir}; the same command goes on from there.")
-        return INTERRUPTED
+        return _say_stopped(request, say)
     code = sweep.manager.returncode
     if code == WRONG_USAGE:  # it said why in one line, as every command does
         raise UsageError(sweep.manager.log_tail(1).removeprefix("fedsweep: "))
+    status = _last_status(request.state_dir)
+    if code in (0, INTERRUPTED) and not status.get("done", code == 0):  # `fedsweep drain`, `stop`, a signal to it
+        return _say_stopped(request, say)
     if code not in (0, 1):
         raise FedsweepError(f"the manager could not run the sweep:\n{sweep.manager.log_tail()}")
-    status = _last_status(request.state_dir)
     _finish(grid, status, request, time.monotonic() - started_at, int(code))
     return int(code)
+
+
+def _say_stopped(request: RunRequest, say: Any) -> int:
+    say(f"Stopped. Everything finished is kept in {request.state_dir}; the same command goes on from there.")
+    return INTERRUPTED
 
 
 def _no_words(*_: object) -> None:
@@ -176,7 +182,9 @@ def _watch(sweep: LocalSweep, request: RunRequest, say: Callable[[str], object])
 
 def _status_or_none(sweep: LocalSweep, state_dir: Path) -> dict[str, Any] | None:
     try:
-        return _ask(sweep.address, read_token(state_dir / "token"))
+        token = read_token(state_dir / "token")
+        status: dict[str, Any] = _ask({"type": "status"}, sweep.address, token)["status"]
+        return status
     except FedsweepError:
         return None  # the manager is being started again
 
@@ -213,6 +221,7 @@ def _failures(status: Mapping[str, Any], state_dir: Path) -> str:
     lines = [f"{count} experiment{'s' * (count != 1)} failed for good:"]
     lines += [f"  {failure['task_id']}: {failure['error']}" for failure in status.get("failures", ())]
     lines.append(f"Each has a log in its output folder's logs/; those of the workers are in {state_dir}/logs.")
+    lines.append("`fedsweep failures` tells causes apart, `fedsweep retry` lets them be tried again.")
     return "\n".join(lines)
 
 
@@ -235,21 +244,45 @@ def ask_status(
         ManagerUnreachable: none answers there.
         ManagerNotTrusted: what answers there is not that manager.
     """
+    found: dict[str, Any] = ask_manager(
+        {"type": "status"}, state_dir, manager, token_file, insecure_plaintext=insecure_plaintext
+    )["status"]
+    return found
+
+
+def ask_manager(
+    message: Mapping[str, Any],
+    state_dir: Path,
+    manager: str | None = None,
+    token_file: Path | None = None,
+    *,
+    timeout: float = 5.0,
+    insecure_plaintext: bool = False,
+) -> dict[str, Any]:
+    """The answer of a running manager to a message; see `ask_status`.
+
+    Raises:
+        ManagerUnreachable: none answers there.
+        ManagerNotTrusted: what answers there is not that manager.
+        ProtocolError: it refuses.
+    """
     address = known_address(state_dir) if manager is None else parse_address(manager)
     if address is None:
         raise ManagerUnreachable(
             f"no manager is running on {state_dir}; name another --state-dir, or its address by --manager HOST:PORT"
         )
-    return _ask(address, read_token(token_file or state_dir / "token"), insecure_plaintext=insecure_plaintext)
+    token = read_token(token_file or state_dir / "token")
+    return _ask(message, address, token, timeout, insecure_plaintext=insecure_plaintext)
 
 
-def _ask(address: Address, token: str, *, insecure_plaintext: bool = False) -> dict[str, Any]:
+def _ask(
+    message: Mapping[str, Any], address: Address, token: str, timeout: float = 5.0, *, insecure_plaintext: bool = False
+) -> dict[str, Any]:
     client = ManagerClient(
-        address.host, address.port, token, timeout=5.0, pin=address.pin, insecure_plaintext=insecure_plaintext
+        address.host, address.port, token, timeout=timeout, pin=address.pin, insecure_plaintext=insecure_plaintext
     )
     with client:
-        status: dict[str, Any] = client.ask({"type": "status"})["status"]
-        return status
+        return client.ask(message)
 
 
 def show_status(status: Mapping[str, Any], *, as_json: bool = False) -> None:
@@ -264,3 +297,4 @@ def show_status(status: Mapping[str, Any], *, as_json: bool = False) -> None:
         for failure in status["failures"]:
             table.add_row(failure["task_id"], failure["error"])
         console.print(table)
+        print("`fedsweep failures` puts them together by their cause, with tracebacks.")

@@ -17,6 +17,8 @@ from fedsweep.errors import FedsweepError
 QUICK_DEATHS = 5
 QUICK_S = 10.0
 RESTART_PAUSE_S = 1.0
+STOP_NOW_S = 3.0  # after a second signal
+ASK_AGAIN_S = 0.3
 WRONG_USAGE = 2
 
 
@@ -185,10 +187,29 @@ class LocalSweep:
         return True
 
     def stop(self, worker_grace_s: float = 8.0, manager_grace_s: float = 40.0) -> None:
-        """End the workers, then the manager, each in order: tasks are given back, files are written."""
-        for worker in self.workers:
-            worker.terminate()
-        for worker in self.workers:
-            worker.wait(worker_grace_s)
-        self.manager.terminate()
-        self.manager.wait(manager_grace_s)
+        """End the workers, then the manager, each in order: tasks are given back, files are written.
+
+        Raises:
+            KeyboardInterrupt: a second signal came meanwhile; all were ended at once.
+        """
+        try:
+            for worker in self.workers:
+                worker.terminate()
+            for worker in self.workers:
+                worker.wait(worker_grace_s)
+            self.manager.terminate()
+            self.manager.wait(manager_grace_s)
+        except KeyboardInterrupt:
+            self._stop_now()
+            raise
+
+    def _stop_now(self) -> None:
+        """Ask every process again, and again: the second time it leaves everything as it is. Kill what does not."""
+        deadline = time.monotonic() + STOP_NOW_S
+        children = [*self.workers, self.manager]
+        while any(child.is_running for child in children) and time.monotonic() < deadline:
+            for child in children:
+                child.terminate()
+            time.sleep(ASK_AGAIN_S)
+        for child in children:
+            child.wait(0.0)

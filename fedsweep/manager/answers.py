@@ -6,12 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 from fedsweep.errors import ProtocolError
+from fedsweep.manager.decisions import UnknownName
+from fedsweep.manager.failures import Failure
 from fedsweep.manager.protocol import (
+    Cancel,
+    Control,
+    Drain,
+    Failures,
     Heartbeat,
     Release,
     Request,
     RequestTask,
+    Retry,
+    ShowTask,
     Status,
+    Stop,
     SubmitResult,
     TaskComplete,
     TaskFailed,
@@ -28,8 +37,12 @@ def answer(sweep: OpenSweep, request: Request, legacy: bool) -> dict[str, Any]:
     Raises:
         ProtocolError: the request cannot be served; the code says why.
     """
+    if legacy and isinstance(request, Control):
+        raise ProtocolError("unauthorized", f"{request.type} needs the token, which old clients do not send")
     try:
         return ANSWERS[type(request)](sweep, request, legacy)
+    except UnknownName as error:
+        raise ProtocolError("unknown_name", str(error)) from None
     except UnknownTask as error:
         raise ProtocolError("unknown_task", str(error)) from None
     except UnknownAttempt as error:
@@ -44,8 +57,7 @@ def _request_task(sweep: OpenSweep, request: RequestTask, legacy: bool) -> dict[
         request.worker_id, max_tasks=request.max_tasks, cohort=request.cohort, device=device, legacy=legacy
     )
     if not tasks:
-        is_done = sweep.tell_done(request.worker_id)
-        return {"type": "no_task", "done": is_done, "retry_after": sweep.retry_after_s}
+        return sweep.no_task(request.worker_id)
     messages = [sweep.task_message(task) for task in tasks]
     return {"type": "task", "task": messages[0]} | ({"tasks": messages} if request.max_tasks > 1 else {})
 
@@ -63,7 +75,14 @@ def _task_complete(sweep: OpenSweep, request: TaskComplete, legacy: bool) -> dic
 
 
 def _task_failed(sweep: OpenSweep, request: TaskFailed, legacy: bool) -> dict[str, Any]:
-    has_counted = sweep.mark_failed(request.task_id, request.worker_id, request.error, request.attempt)
+    failure = Failure.of(
+        request.error,
+        exception=request.exception,
+        message=request.message,
+        frame=request.frame,
+        host=request.host,
+    )
+    has_counted = sweep.mark_failed(request.task_id, request.worker_id, failure, request.attempt)
     return _ack(request.task_id, has_counted)
 
 
@@ -77,11 +96,33 @@ def _ack(task_id: str, has_counted: bool) -> dict[str, Any]:
 
 
 def _heartbeat(sweep: OpenSweep, request: Heartbeat, legacy: bool) -> dict[str, Any]:
-    return {**ACK, "drop": sweep.renew(request.worker_id, request.tasks, device=request.device)}
+    answer = {**ACK, "drop": sweep.renew(request.worker_id, request.tasks, device=request.device)}
+    return {**answer, "stop": True} if sweep.ending == "stop" else answer
 
 
 def _status(sweep: OpenSweep, request: Status, legacy: bool) -> dict[str, Any]:
     return {"type": "status", "status": sweep.status()}
+
+
+def _show_task(sweep: OpenSweep, request: ShowTask, legacy: bool) -> dict[str, Any]:
+    return {"type": "task", "task": sweep.show_task(request.task_id)}
+
+
+def _failures(sweep: OpenSweep, request: Failures, legacy: bool) -> dict[str, Any]:
+    return {"type": "failures", **sweep.failures()}
+
+
+def _retry(sweep: OpenSweep, request: Retry, legacy: bool) -> dict[str, Any]:
+    return {**ACK, **sweep.retry(request.names)}
+
+
+def _cancel(sweep: OpenSweep, request: Cancel, legacy: bool) -> dict[str, Any]:
+    return {**ACK, **sweep.cancel(request.names)}
+
+
+def _end(sweep: OpenSweep, request: Drain | Stop, legacy: bool) -> dict[str, Any]:
+    sweep.end(request.type)
+    return ACK
 
 
 ANSWERS: dict[type[Request], Callable[[OpenSweep, Any, bool], dict[str, Any]]] = {
@@ -92,4 +133,10 @@ ANSWERS: dict[type[Request], Callable[[OpenSweep, Any, bool], dict[str, Any]]] =
     Release: _release,
     Heartbeat: _heartbeat,
     Status: _status,
+    ShowTask: _show_task,
+    Failures: _failures,
+    Retry: _retry,
+    Cancel: _cancel,
+    Drain: _end,
+    Stop: _end,
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fedsweep.manager.clock import Clock
+from fedsweep.manager.failures import Failure, SetAside, host_of
 from fedsweep.manager.protocol import TaskProgress
 from fedsweep.manager.records import Task
 
@@ -13,6 +14,9 @@ LIVE_S = 60.0  # a worker that was silent for longer takes part in no decision
 BROKEN_AFTER = 3  # strikes: failures of different tasks, each after another hand-out, without a success between them
 SET_ASIDE_S = 600.0
 REMEMBERED = 4096
+SHOWN_SET_ASIDE = 20  # the last of them
+# What follows from an experiment's parameters alone, so that no worker is to blame for it.
+BLAMELESS = ("PartitionError",)
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Fleet:
         self._expected = expected
         self._began = clock.monotonic()
         self._workers: dict[str, Worker] = {}
+        self.set_aside: list[SetAside] = []  # as people shall see them, also after they have left
 
     def see(self, worker_id: str, device: str | None = None) -> Worker:
         """Note a sign of life."""
@@ -91,18 +96,34 @@ class Fleet:
         worker.unforgiven.clear()
         self._drop(worker, task_id)
 
-    def failed(self, worker_id: str, task_id: str, attempt: int) -> list[int]:
+    def failed(self, worker_id: str, task_id: str, attempt: int, failure: Failure) -> list[int]:
         """Note a failure; the attempts to be forgiven because this worker, and not its tasks, must be broken."""
         worker = self.see(worker_id)
         worker.failed += 1
+        self._drop(worker, task_id)
+        if failure.exception in BLAMELESS:
+            return []
         worker.failing[task_id] = worker.hand_outs
         worker.unforgiven.append(attempt)
         worker.failed_at = self._clock.monotonic()
-        self._drop(worker, task_id)
         if not self.is_set_aside(worker):
             return []
         forgiven, worker.unforgiven = worker.unforgiven, []
+        self._show_set_aside(worker, failure, len(forgiven))
         return forgiven
+
+    def _show_set_aside(self, worker: Worker, failure: Failure, failures: int) -> None:
+        before = [each for each in self.set_aside if each.worker_id == worker.worker_id]
+        others = [each for each in self.set_aside if each.worker_id != worker.worker_id]
+        now = SetAside(
+            worker_id=worker.worker_id,
+            host=failure.host or host_of(worker.worker_id),
+            device=worker.device,
+            reason=failure.brief,
+            failures=failures + sum(each.failures for each in before),
+            at=self._clock.now().isoformat(timespec="seconds"),
+        )
+        self.set_aside = [*others, now][-SHOWN_SET_ASIDE:]
 
     def gave_back(self, worker_id: str, task_id: str) -> None:
         """Note that a worker gave a task back without blame."""

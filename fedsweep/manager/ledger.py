@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fedsweep.errors import TransitionRefused
+from fedsweep.manager import decisions
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.enrolment import dump, enrol
+from fedsweep.manager.failure_view import FailureView
+from fedsweep.manager.failures import Failure
 from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.protocol import SCIENCE_FIELDS
 from fedsweep.manager.queue import choose
@@ -43,6 +46,9 @@ class Ledger:
     bit for bit, it is kept as a conflict. Tasks that left the configuration are *orphans*: never handed out, never
     counted, never deleted.
 
+    A *cancelled* task is `failed` without having failed; only a result, or `retry`, makes it anything else. `retry`
+    forgives a failed task all that is held against it.
+
     Raises:
         StateError: the file is not a ledger that this version can use.
         LedgerUnwritable: (every method that changes something) the disk refuses; nothing was changed.
@@ -53,6 +59,7 @@ class Ledger:
         self.clock = clock or Clock()
         self._db = open_database(self.path)
         self.view = LedgerView(self._db)
+        self.failures = FailureView(self._db, MAX_LOSSES)
         self._lease_ends: dict[int, float] = {}
         self._renew_all()
 
@@ -149,13 +156,14 @@ class Ledger:
         self._lease_ends[open_attempt["attempt"]] = self.clock.monotonic() + open_attempt["lease_s"]
         return True
 
-    def fail(self, task_id: str, worker: str, error: str, attempt: int | None = None) -> int | None:
+    def fail(self, task_id: str, worker: str, error: str | Failure, attempt: int | None = None) -> int | None:
         """Note that the task's own code failed; the task waits again, or is `failed` the fourth time.
 
         Returns:
             The number of the attempt that this ended, or None if it was not the open one and nothing changed.
         """
-        return self._give_back(task_id, worker, attempt, "failed", error)
+        failure = error if isinstance(error, Failure) else Failure.of(error)
+        return self._give_back(task_id, worker, attempt, "failed", failure)
 
     def release(self, task_id: str, worker: str, attempt: int | None = None) -> bool:
         """Take the task back without blame: its worker was asked to stop."""
@@ -171,14 +179,14 @@ class Ledger:
                     self._lease_ends.pop(task.attempt, None)
 
     def _give_back(
-        self, task_id: str, worker: str, attempt: int | None, ended_as: str, error: str | None
+        self, task_id: str, worker: str, attempt: int | None, ended_as: str, failure: Failure | None
     ) -> int | None:
         with self._transaction() as db:
             found = self._open_attempt_of(task_id, worker, attempt)
             if found is None:
                 return None
-            self._end_attempt(db, found["attempt"], ended_as, error)
-            if ended_as == "released":
+            self._end_attempt(db, found["attempt"], ended_as, None if failure is None else failure.dump())
+            if failure is None:
                 self._move(db, found["number"], leaves="assigned", enters="pending", attempt=None)
             else:
                 failures = found["failures"] + 1
@@ -190,7 +198,7 @@ class Ledger:
                     attempt=None,
                     failures=failures,
                     setbacks=found["setbacks"] + 1,
-                    last_error=error,
+                    last_error=failure.text,
                 )
         self._lease_ends.pop(found["attempt"], None)
         return int(found["attempt"])
@@ -252,6 +260,23 @@ class Ledger:
         db.execute("UPDATE tasks SET failures = failures - 1 WHERE number = ?", (found["number"],))
         if found["status"] == "failed" and found["failures"] == MAX_FAILURES:
             self._move(db, found["number"], leaves="failed", enters="pending")
+
+    def retry(self, tasks: Iterable[int]) -> int:
+        """Let those of these tasks that failed wait again, with all their budgets; how many. Attempts count on."""
+        with self._transaction() as db:
+            return sum(decisions.retry(db, task) for task in tasks)
+
+    def cancel(self, tasks: Iterable[int]) -> tuple[int, int]:
+        """Let tasks not be run: they are `failed`, and who runs them hears it with the next heartbeat.
+
+        Returns:
+            How many were waiting, and how many under way. Those that are complete or failed stay as they are.
+        """
+        with self._transaction() as db:
+            ended = [attempt for task in tasks if (attempt := decisions.cancel(db, task, self._now())) is not None]
+        for attempt in ended:
+            self._lease_ends.pop(attempt, None)
+        return ended.count(decisions.WAITED), len(ended) - ended.count(decisions.WAITED)
 
     def _open_attempt_of(self, task_id: str, worker: str, attempt: int | None) -> sqlite3.Row | None:
         """The open attempt, if it is this one (or, for clients that know no attempts, this worker's)."""

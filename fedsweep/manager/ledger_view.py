@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -92,6 +92,22 @@ class LedgerView:
             (limit,),
         )
         return [(row["task_id"], row["last_error"] or "") for row in rows]
+
+    def phases(self) -> list[str]:
+        """The phases of the present grid, in its order."""
+        rows = self._db.execute("SELECT phase FROM cells WHERE active = 1 GROUP BY phase ORDER BY min(position)")
+        return [row["phase"] for row in rows]
+
+    def has_phase(self, phase: str) -> bool:
+        """Whether the present grid has a phase of this name."""
+        return self._db.execute("SELECT 1 FROM cells WHERE active = 1 AND phase = ?", (phase,)).fetchone() is not None
+
+    def tasks_of_phases(self, phases: Sequence[str], *, shared: bool) -> list[int]:
+        """The tasks that these phases ask for; if not `shared`, without those that another phase asks for too."""
+        marks = ", ".join("?" * len(phases))
+        condition = f"max(phase IN ({marks}))" if shared else f"min(phase IN ({marks}))"
+        query = f"SELECT task FROM cells WHERE active = 1 GROUP BY task HAVING {condition} ORDER BY min(position)"
+        return [row["task"] for row in self._db.execute(query, tuple(phases))]
 
     def workers_since(self, moment: datetime) -> list[str]:
         """Workers with an open attempt, or one that ended after that moment."""
@@ -189,14 +205,14 @@ class LedgerView:
         )
         return [{**dict(row), "data": json.loads(row["data"])} for row in rows]
 
-    def last_wall_times(self, limit: int = 100) -> list[float]:
-        """Seconds that the experiments finished last took, those of our own workers only."""
-        rows = self._db.execute(
-            "SELECT wall_time_s FROM results WHERE source IS NULL AND wall_time_s IS NOT NULL "
-            "ORDER BY number DESC LIMIT ?",
-            (limit,),
-        )
-        return [float(row["wall_time_s"]) for row in rows]
+    def unfinished_cost(self) -> float:
+        """The expected cost of everything that waits or is under way."""
+        return float(self._db.execute("SELECT total(cost * amount) FROM unfinished").fetchone()[0])
+
+    def cost(self, task_id: str) -> float:
+        """The expected cost of a task, see `plan.cohort.expected_cost`; 0 where there is none of this id."""
+        row = self._db.execute("SELECT cost FROM tasks WHERE task_id = ?", (task_id,)).fetchone()
+        return 0.0 if row is None else float(row["cost"])
 
 
 def _whole(row: sqlite3.Row) -> dict[str, Any]:

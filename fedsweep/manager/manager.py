@@ -17,6 +17,7 @@ from fedsweep import __version__
 from fedsweep.errors import StateError, UsageError
 from fedsweep.manager import answers, service
 from fedsweep.manager.clock import Clock
+from fedsweep.manager.failures import Failure
 from fedsweep.manager.fleet import LIVE_S
 from fedsweep.manager.output_roots import check_known_dirs, check_output_dirs
 from fedsweep.manager.protocol import Request
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 LEASE_HEARTBEATS = 12  # a task goes to another worker after this many heartbeats were missed
 ALL_COMPLETE, SOME_FAILED, INTERRUPTED = 0, 1, 130
+ENDED_AS_ASKED = 0  # with tasks left: by SIGTERM, `drain` or `stop`
 
 
 class ExperimentManager:
@@ -105,6 +107,7 @@ class ExperimentManager:
         self.running = False
         self.identity: Identity | None = None  # what it shows on an address that other machines reach
         self.stops = 0  # how often it was told to stop
+        self.ended_as_asked = False  # whether to end with tasks left is no interruption
         self._open_sweep: OpenSweep | None = None
         self._config: SweepConfig | None = None
         self._digest = ""
@@ -273,7 +276,7 @@ class ExperimentManager:
         """Whether the result of the task is here, as a worker says."""
         return self.sweep.has_result(task_id, worker_id)
 
-    def mark_failed(self, task_id: str, worker_id: str, error: str, attempt: int | None = None) -> bool:
+    def mark_failed(self, task_id: str, worker_id: str, error: str | Failure, attempt: int | None = None) -> bool:
         """Note that the task's code failed; False if this was not its open attempt and changes nothing."""
         return self.sweep.mark_failed(task_id, worker_id, error, attempt)
 
@@ -329,16 +332,22 @@ class ExperimentManager:
         for worker_id in self.sweep.ledger.view.workers_since(since):
             self.sweep.fleet.see(worker_id)
 
-    def stop(self) -> None:
-        """Hand out nothing more and end: once no attempt is open or the grace is over; at once if told twice."""
+    def stop(self, is_expected: bool = False) -> None:
+        """Hand out nothing more and end: once no attempt is open or the grace is over; at once if told twice.
+
+        Args:
+            is_expected: whether a manager that ends so, with tasks left, has done what it was asked to (status 0).
+        """
         self.stops += 1
+        self.ended_as_asked = is_expected
         with self.lock:
             if self._open_sweep is not None:
                 self._open_sweep.hands_out = False
         log.info("stopping%s", " now" if self.stops > 1 else "; results of running tasks are still taken")
 
     def start(self) -> int:
-        """Run the sweep to its end; the exit status: 0 all complete, 1 some failed for good, 130 stopped before.
+        """Run the sweep to its end; the exit status: 0 all complete, or ended before as asked (SIGTERM, `drain`,
+        `stop`); 1 some failed for good; 130 interrupted before.
 
         The state directory is let go at the end; to look at the tasks afterwards opens it again.
 
@@ -388,7 +397,7 @@ class ExperimentManager:
             log.warning("%s: the last status could not be written: %s", self.state_dir, error)
         log.info("%d complete, %d failed, %d left", counts.complete, counts.failed, counts.pending + counts.assigned)
         if not counts.is_terminal:
-            return INTERRUPTED
+            return ENDED_AS_ASKED if self.ended_as_asked or self.sweep.ending is not None else INTERRUPTED
         return SOME_FAILED if counts.failed else ALL_COMPLETE
 
 

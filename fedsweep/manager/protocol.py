@@ -56,6 +56,7 @@ ERROR_CODES = {
     "unauthorized": "The token is missing or wrong.",
     "unknown_task": "No task has this task_id.",
     "unknown_attempt": "The task was never handed out so.",
+    "unknown_name": "No task, phase or group of failures has this name.",
     "no_result": "The task is said to be complete, but its result is not here.",
     "retry_later": "The manager cannot store anything at present; keep the result and try again.",
     "too_many_connections": "The manager serves 2,048 connections already.",
@@ -383,6 +384,10 @@ class TaskFailed(_Request):
     worker_id: Id
     error: Annotated[StrictStr, AfterValidator(_legible_end)]
     attempt: Count | None = None
+    exception: Id | None = None
+    message: Annotated[StrictStr, AfterValidator(_legible_end)] | None = None
+    frame: Id | None = None
+    host: Id | None = None
 
 
 class Release(_Request):
@@ -422,7 +427,48 @@ class Heartbeat(_Request):
     tasks: Annotated[tuple[TaskProgress, ...], Field(max_length=4096)] = ()
 
 
-Request = RequestTask | SubmitResult | TaskComplete | TaskFailed | Release | Status | Heartbeat
+class ShowTask(_Request):
+    """Somebody asks for one task as it is."""
+
+    type: Literal["show_task"]
+    task_id: Id
+
+
+class Failures(_Request):
+    """Somebody asks what failed and why."""
+
+    type: Literal["failures"]
+
+
+class Retry(_Request):
+    """Failed tasks shall be tried again."""
+
+    type: Literal["retry"]
+    names: Annotated[tuple[Id, ...], Field(max_length=4096)] = ()
+
+
+class Cancel(_Request):
+    """Tasks shall not be run."""
+
+    type: Literal["cancel"]
+    names: Annotated[tuple[Id, ...], Field(min_length=1, max_length=4096)]
+
+
+class Drain(_Request):
+    """No more tasks shall be handed out, and all shall end when what runs has ended."""
+
+    type: Literal["drain"]
+
+
+class Stop(_Request):
+    """Workers shall save and give back what they hold, and all shall end."""
+
+    type: Literal["stop"]
+
+
+Work = RequestTask | SubmitResult | TaskComplete | TaskFailed | Release | Heartbeat
+Control = ShowTask | Failures | Retry | Cancel | Drain | Stop  # what people ask by commands; old clients may not
+Request = Work | Status | Control
 
 REQUESTS: dict[str, type[Request]] = {
     "request_task": RequestTask,
@@ -432,6 +478,12 @@ REQUESTS: dict[str, type[Request]] = {
     "release": Release,
     "status": Status,
     "heartbeat": Heartbeat,
+    "show_task": ShowTask,
+    "failures": Failures,
+    "retry": Retry,
+    "cancel": Cancel,
+    "drain": Drain,
+    "stop": Stop,
 }
 
 

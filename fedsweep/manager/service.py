@@ -112,7 +112,7 @@ def _stop_signals(manager: ExperimentManager) -> Iterator[None]:
         return
     loop = asyncio.get_running_loop()
     for kind in SIGNALS:
-        loop.add_signal_handler(kind, manager.stop)
+        loop.add_signal_handler(kind, manager.stop, kind == signal.SIGTERM)
     try:
         yield
     finally:
@@ -123,14 +123,25 @@ def _stop_signals(manager: ExperimentManager) -> Iterator[None]:
 async def _until_over(manager: ExperimentManager, *, stay: bool, grace_s: float) -> None:
     loop = asyncio.get_running_loop()
     give_up_at: float | None = None
+    stop_at: float | None = None  # when results are waited for no longer
     while True:
         manager.check_stale_assignments()
+        manager.sweep.look_at_pace()
         if manager.stops > 1:
             return
         if manager.stops == 1:
             give_up_at = give_up_at or loop.time() + grace_s
             if not manager.assigned_tasks or loop.time() >= give_up_at:
                 return
+        elif (ending := manager.sweep.ending) is not None:
+            if ending == "stop":
+                stop_at = stop_at or loop.time() + grace_s
+            if manager.assigned_tasks and (stop_at is None or loop.time() < stop_at):
+                give_up_at = None
+            else:
+                give_up_at = give_up_at or loop.time() + TELL_DONE_S
+                if manager.sweep.has_told_everyone() or loop.time() >= give_up_at:
+                    return
         elif stay or not manager.check_all_complete():
             give_up_at = None
         else:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedsweep.manager.clock import Clock
+from fedsweep.manager.decisions import select
+from fedsweep.manager.failures import Failure, SetAside
 from fedsweep.manager.fleet import Fleet
 from fedsweep.manager.ledger import Ledger
 from fedsweep.manager.outputs import Outputs
@@ -23,8 +26,19 @@ log = logging.getLogger(__name__)
 
 LEGACY_LEASE_S = 6 * 3600.0  # old clients send no heartbeats
 MAX_HAND_OUT = 256  # tasks in one answer; each takes about 1.1 kB of it, more where its output folders are many or long
+MAX_GROUPS = 100  # of failures, in one answer
 ENVELOPE = 256  # bytes of an answer besides its tasks
 LONGEST_WAIT_S = 5.0
+
+Ending = Literal["drain", "stop"]
+ENDINGS: dict[Ending, str] = {
+    "drain": "no more tasks are handed out (fedsweep drain); everything finished is kept",
+    "stop": "the sweep was stopped (fedsweep stop); everything finished is kept",
+}
+SET_ASIDE = (
+    "this worker is set aside: it failed {} tasks and finished none in between, while others do not fail; its last "
+    "failure: {}. See to this machine, then start the worker again"
+)
 
 
 class OpenSweep:
@@ -51,6 +65,7 @@ class OpenSweep:
         self.heartbeat_s = heartbeat_s
         self.lease_s = lease_s
         self.hands_out = True
+        self.ending: Ending | None = None  # why workers are told that there is no more for them
         self._held = StateLock(state_dir)
         try:
             self.ledger = Ledger(state_dir / LEDGER_FILE, clock)
@@ -60,8 +75,9 @@ class OpenSweep:
             raise
         self.projection = Projection(self.ledger, clock)
         self.fleet = Fleet(clock, expected_workers)
+        self.fleet.set_aside = [SetAside.read(each) for each in json.loads(self.ledger.view.meta("set_aside") or "[]")]
         self.outputs = Outputs(self.ledger.view, lock)
-        self._reporter = StatusReporter(self.ledger.view, self.fleet)
+        self._reporter = StatusReporter(self.ledger.view, self.ledger.failures, self.fleet)
 
     def close(self) -> None:
         """Let the state directory go."""
@@ -142,6 +158,7 @@ class OpenSweep:
             dropped = [task.task_id for task in held if not self._renew(worker_id, task)]
             worker = self.fleet.see(worker_id, device)
             worker.tasks = tuple(task for task in held if task.task_id not in dropped)
+            worker.was_told_done = self.ending == "stop"
             return dropped
 
     def _renew(self, worker_id: str, task: TaskProgress) -> bool:
@@ -163,6 +180,7 @@ class OpenSweep:
             verdict = self.ledger.accept(task_id, worker_id, result_data, attempt)
             self.fleet.succeeded(worker_id, task_id)
             if verdict == "accepted":
+                self._reporter.pace.finish(self.ledger.view.cost(task_id))
                 self.projection.add(self.ledger.view.rows_of(self.ledger.view.task(task_id).number))
             return verdict
 
@@ -176,18 +194,20 @@ class OpenSweep:
             self.fleet.see(worker_id)
             return self.ledger.view.task(task_id).status == "complete"
 
-    def mark_failed(self, task_id: str, worker_id: str, error: str, attempt: int | None = None) -> bool:
+    def mark_failed(self, task_id: str, worker_id: str, error: str | Failure, attempt: int | None = None) -> bool:
         """Note that the task's code failed; False if this was not its open attempt and changes nothing."""
+        failure = error if isinstance(error, Failure) else Failure.of(error)
         with self.lock:
-            ended = self.ledger.fail(task_id, worker_id, error, attempt)
+            ended = self.ledger.fail(task_id, worker_id, failure, attempt)
             if ended is None:
                 return False
-            forgiven = self.fleet.failed(worker_id, task_id, ended)
-            self.ledger.forgive(forgiven)
-        if forgiven:
-            log.warning(
-                "%s failed %d tasks in a row and is set aside; the tasks go to others", worker_id, len(forgiven)
-            )
+            forgiven = self.fleet.failed(worker_id, task_id, ended, failure)
+            if forgiven:
+                self.ledger.forgive(forgiven)
+                self.ledger.set_meta("set_aside", json.dumps([each.as_dict() for each in self.fleet.set_aside]))
+                log.warning(
+                    "%s failed %d tasks in a row and is set aside; the tasks go to others", worker_id, len(forgiven)
+                )
         return True
 
     def release(self, task_id: str, worker_id: str, attempt: int | None = None) -> bool:
@@ -206,14 +226,31 @@ class OpenSweep:
     def status(self) -> dict[str, Any]:
         """How the sweep is getting on, see docs/protocol.md."""
         with self.lock:
-            return self._reporter.status(self.projection.lagging, self.clock.monotonic())
+            ending = self.ending or (None if self.hands_out else "signal")
+            return self._reporter.status(self.projection.lagging, self.clock.monotonic(), ending)
 
-    def tell_done(self, worker_id: str) -> bool:
-        """Whether nothing is left to do; a worker that is told so need not be waited for."""
+    def look_at_pace(self) -> None:
+        """Note how far all is, from time to time, so that the time left can be told."""
         with self.lock:
-            is_over = self.is_over()
-            self.fleet.see(worker_id).was_told_done = is_over
-            return is_over
+            self._reporter.look_at_pace(self.clock.monotonic())
+
+    def no_task(self, worker_id: str) -> dict[str, Any]:
+        """What a worker hears that gets no task: whether that is for good, and in words why.
+
+        One that is told that all is done, or to end, need not be waited for.
+        """
+        answer: dict[str, Any] = {"type": "no_task", "done": False, "retry_after": self.retry_after_s}
+        with self.lock:
+            worker = self.fleet.see(worker_id)
+            if self.is_over():
+                answer["done"] = True
+            elif self.ending is not None:
+                answer |= {"done": True, "message": ENDINGS[self.ending]}
+            elif self.fleet.is_set_aside(worker):
+                why = next(each for each in self.fleet.set_aside if each.worker_id == worker_id)
+                answer |= {"set_aside": True, "message": SET_ASIDE.format(why.failures, why.reason)}
+            worker.was_told_done = answer["done"] or "set_aside" in answer
+        return answer
 
     def has_told_everyone(self) -> bool:
         """Whether every worker heard of lately knows that all is done."""
@@ -224,6 +261,71 @@ class OpenSweep:
     def retry_after_s(self) -> float:
         """After how long a worker that got no task may ask again."""
         return min(self.heartbeat_s, LONGEST_WAIT_S)
+
+    # ---- what people ask for --------------------------------------------------------------------------------------
+
+    def show_task(self, task_id: str) -> dict[str, Any]:
+        """A task as it is.
+
+        Raises:
+            UnknownTask: no task has this id.
+        """
+        with self.lock:
+            return self.task_message(self.ledger.view.task(task_id))
+
+    def failures(self) -> dict[str, Any]:
+        """What failed and why, as `fedsweep failures --json` has it, as far as it fits into one message."""
+        with self.lock:
+            groups = [group.as_dict() for group in self.ledger.failures.groups()]
+            set_aside = [each.as_dict() for each in self.fleet.set_aside]
+        room, fitting = MAX_MESSAGE - ENVELOPE - len(encode({"set_aside": set_aside})), 0
+        for group in groups[:MAX_GROUPS]:
+            room -= len(encode(group))
+            if room < 0:
+                break
+            fitting += 1
+        return {"groups": groups[:fitting], "left_out": len(groups) - fitting, "set_aside": set_aside}
+
+    def retry(self, names: Sequence[str] = ()) -> dict[str, int]:
+        """Let failed tasks wait again: all but the cancelled ones, or those of these tasks, phases and groups.
+
+        Returns:
+            `retried`, and how many tasks are `cancelled` still.
+
+        Raises:
+            UnknownName: a name means nothing; nothing was changed.
+        """
+        with self.lock:
+            view, failures = self.ledger.view, self.ledger.failures
+            tasks = select(view, failures, names, shared=True) if names else failures.failed_by_themselves()
+            retried = self.ledger.retry(tasks)
+            self._reporter.recount()
+            cancelled = failures.cancelled()
+        log.info("%d failed tasks wait again", retried)
+        return {"retried": retried, "cancelled": cancelled}
+
+    def cancel(self, names: Sequence[str]) -> dict[str, int]:
+        """Let these tasks not be run, those of these phases that no other phase asks for, and those of these groups.
+
+        Returns:
+            `cancelled`; how many of these were `running`; and how many had ended before, `left`.
+
+        Raises:
+            UnknownName: a name means nothing; nothing was changed.
+        """
+        with self.lock:
+            tasks = select(self.ledger.view, self.ledger.failures, names, shared=False)
+            waited, running = self.ledger.cancel(tasks)
+            self._reporter.recount()
+        log.info("%d tasks are cancelled, %d of them were running", waited + running, running)
+        return {"cancelled": waited + running, "running": running, "left": len(tasks) - waited - running}
+
+    def end(self, ending: Ending) -> None:
+        """Hand out nothing more and tell workers to end: when they have finished what they hold, or now."""
+        with self.lock:
+            self.hands_out = False
+            self.ending = ending
+        log.info(ENDINGS[ending])
 
     # ---- files ----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,11 @@ from rich.text import Text
 
 PLAIN_EVERY_S = 5.0
 SHOWN_WORKERS = 24
+ENDINGS = {
+    "drain": "draining: workers finish what they hold, then all ends",
+    "stop": "stopping: workers give back what they hold, then all ends",
+    "signal": "the manager was told to stop: it takes results of what is running, then it ends",
+}
 
 
 class Display(Protocol):
@@ -154,6 +159,12 @@ def _counts(status: Mapping[str, Any]) -> Text:
         text.append(f" ({status['diverged']} diverged)", "yellow")
     text.append(f" · running {status['assigned']} · pending {status['pending']} · ")
     text.append(f"failed {status['failed']}", "bold red" if status["failed"] else "")
+    if status.get("cancelled"):
+        text.append(f" ({status['cancelled']} cancelled)", "yellow")
+    if ending := ENDINGS.get(status.get("ending") or ""):
+        text.append(f"\n{ending}", "yellow")
+    for worker in status.get("set_aside", ()):
+        text.append(f"\nset aside: {worker['worker_id']} on {worker['host']}: {worker['reason']}", "red")
     for folder in status.get("lagging", ()):
         text.append(f"\n{folder}: results are safe, but its CSV cannot be written; see the manager's log", "red")
     return text

@@ -35,9 +35,10 @@ _CHUNK = 65_536
 class TaskReply:
     """What came of asking for tasks."""
 
-    kind: Literal["task", "wait", "done", "unreachable"]
+    kind: Literal["task", "wait", "done", "set_aside", "unreachable"]
     tasks: tuple[TaskMessage, ...] = ()  # with `task`: one or more, which may be trained together
     retry_after: float = 0.0  # with `wait`: seconds
+    message: str = ""  # why there is no task, where the manager says so
 
     @property
     def task(self) -> TaskMessage | None:
@@ -281,9 +282,12 @@ def request_task_from_manager(
             raise ProtocolError("bad_field", f"the manager's task cannot be read: {error}") from None
     if reply.get("type") != "no_task":
         raise ProtocolError("unknown_type", f"the manager answered {reply.get('type')} to a request for a task")
+    why = str(reply.get("message", ""))
+    if reply.get("set_aside"):
+        return TaskReply("set_aside", message=why)
     # An old manager says no more than `no_task`, and means the end.
     if reply.get("done", True):
-        return TaskReply("done")
+        return TaskReply("done", message=why)
     return TaskReply("wait", retry_after=_pause(reply.get("retry_after")))
 
 
@@ -321,13 +325,31 @@ def notify_task_complete(client: ManagerClient, task_id: str, worker_id: str, at
 
 
 def notify_task_failed(
-    client: ManagerClient, task_id: str, worker_id: str, error: str, attempt: int | None = None
+    client: ManagerClient,
+    task_id: str,
+    worker_id: str,
+    error: str,
+    attempt: int | None = None,
+    *,
+    details: Mapping[str, str] | None = None,
 ) -> bool:
-    """Give a task back because its code raised; whether the manager heard."""
-    message = {"type": "task_failed", "task_id": task_id, "worker_id": worker_id}
-    # What was raised may hold anything; half a surrogate pair could not be sent.
-    message["error"] = error[-MAX_ERROR:].encode("utf-8", "replace").decode()
-    return _notify(client, message, attempt)
+    """Give a task back because its code raised; whether the manager heard.
+
+    Args:
+        client: talks to the manager.
+        task_id: the task.
+        worker_id: who failed.
+        error: what was raised, for people; its end is sent.
+        attempt: number of the hand-out.
+        details: `exception`, `message`, `frame` and `host`, by which failures of one cause are put together.
+    """
+    message = {"type": "task_failed", "task_id": task_id, "worker_id": worker_id, "error": _sendable(error)}
+    return _notify(client, message | {name: _sendable(text) for name, text in (details or {}).items()}, attempt)
+
+
+def _sendable(text: str) -> str:
+    """The end of a text that may hold anything: half a surrogate pair could not be sent."""
+    return text[-MAX_ERROR:].encode("utf-8", "replace").decode()
 
 
 def release_task(client: ManagerClient, task_id: str, worker_id: str, attempt: int | None = None) -> bool:

@@ -136,8 +136,8 @@ class CohortRun:
             log.info("no more tasks are asked for this cohort: %s", error)
             self._manager_key = None
             return
-        if reply.kind == "done":
-            self._manager_key = None  # it has no more, and never will; "wait" may also mean that others have a share
+        if reply.kind in ("done", "set_aside"):
+            self._manager_key = None  # it has no more for us; "wait" may also mean that others have a share
         new = self.held.take(reply.tasks)
         self.station.stop.check()
         mine = [task for task in new if key_of(task, self.held) == self.key]

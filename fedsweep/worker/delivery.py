@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+import fedsweep
 from fedsweep.errors import FedsweepError, ProtocolError
 from fedsweep.manager.protocol import TaskMessage
 from fedsweep.worker import spool
@@ -18,6 +21,8 @@ from fedsweep.worker.client import ManagerClient, release_task, submit_result_to
 log = logging.getLogger(__name__)
 
 RELEASE_TIMEOUT_S = 2.0
+LONGEST_NAME = 256
+PACKAGE = str(Path(fedsweep.__file__).parent) + os.sep
 ERROR_LINES = 20  # of a traceback, sent to the manager
 
 
@@ -66,6 +71,21 @@ def give_back(task: TaskMessage, client: ManagerClient, worker_id: str) -> bool:
     """Release a task; whether the manager heard."""
     log.info("%s is given back", task.task_id)
     return release_task(client, task.task_id, worker_id, task.attempt)
+
+
+def details_of(error: BaseException) -> dict[str, str]:
+    """What tells the cause of a failure from others, as `task_failed` carries it; what is not known is left out."""
+    frames = [
+        f"fedsweep/{frame.filename.removeprefix(PACKAGE)}:{frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename.startswith(PACKAGE)
+    ]
+    details = {"exception": type(error).__name__, "message": str(error), "host": socket.gethostname()}
+    if frames:
+        details["frame"] = frames[-1]
+    # Names are printable and at most so long, or the manager would refuse all of it.
+    names = {name: "".join(filter(str.isprintable, text))[:LONGEST_NAME] for name, text in details.items()}
+    return {name: text for name, text in (names | {"message": details["message"]}).items() if text}
 
 
 def reason_of(error: Exception) -> str:

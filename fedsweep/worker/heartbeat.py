@@ -12,6 +12,7 @@ from fedsweep.errors import ManagerUnreachable, ProtocolError
 from fedsweep.manager.protocol import TaskMessage
 from fedsweep.worker.client import ManagerClient
 from fedsweep.worker.result import Progress
+from fedsweep.worker.stopping import StopSignals
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +25,12 @@ class Heartbeat:
     As often as the task says that wants it most often.
     """
 
-    def __init__(self, client: ManagerClient, worker_id: str, device: str) -> None:
-        """Talk to the manager of `client`, for a worker on `device` (a name for people)."""
+    def __init__(self, client: ManagerClient, worker_id: str, device: str, stop: StopSignals) -> None:
+        """Talk to the manager of `client`, for a worker on `device` (a name for people); it may ask us to `stop`."""
         self.client = client.another(timeout=LONGEST_WAIT_S, retries=0)
         self.worker_id = worker_id
         self.device = device
+        self._stop = stop
         self._tasks: dict[str, TaskMessage] = {}
         self._progress: dict[str, Progress] = {}
         self._dropped: set[str] = set()
@@ -108,6 +110,8 @@ class Heartbeat:
         except ProtocolError as error:
             log.debug("heartbeat: %s", error)
             return error.code != "unknown_type"  # an old manager knows none
+        if reply.get("stop"):
+            self._stop.request()
         if isinstance(reply.get("drop"), list):
             self._note_dropped(reply["drop"], message["tasks"])
         return True

@@ -14,7 +14,7 @@ from fedsweep.plan.experiment import from_config
 from fedsweep.worker import spool
 from fedsweep.worker.checkpoints import Checkpoints
 from fedsweep.worker.client import notify_task_failed, submit_result_to_manager
-from fedsweep.worker.delivery import deliver_spool, give_back, keep, last_words, reason_of
+from fedsweep.worker.delivery import deliver_spool, details_of, give_back, keep, last_words, reason_of
 from fedsweep.worker.heartbeat import Heartbeat
 from fedsweep.worker.result import Progress
 from fedsweep.worker.station import Station
@@ -41,7 +41,7 @@ class HeldTasks:
         self._tasks: dict[str, TaskMessage] = {}
         self._logs: dict[str, TaskLog] = {}
         self._away_until = -float("inf")
-        self._heartbeat = Heartbeat(station.client, station.worker_id, station.device_name)
+        self._heartbeat = Heartbeat(station.client, station.worker_id, station.device_name, station.stop)
 
     def __enter__(self) -> Self:
         self._heartbeat.__enter__()
@@ -153,7 +153,9 @@ class HeldTasks:
         task, reason = self._tasks[task_id], reason_of(error)
         log.warning("%s failed: %s", task_id, reason.splitlines()[-1])
         self._end(task_id)
-        notify_task_failed(self.station.client, task_id, self.station.worker_id, reason, task.attempt)
+        notify_task_failed(
+            self.station.client, task_id, self.station.worker_id, reason, task.attempt, details=details_of(error)
+        )
 
     # ---- a manager that is away
 

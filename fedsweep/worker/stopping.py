@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: the first ends a worker in order, within its grace; a second ends it at once."""
+"""SIGTERM and SIGINT: the first ends a worker in order, within its grace; a second ends it at once.
+
+The manager may ask for the same; that is no second signal.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any, Self
 
 from fedsweep.errors import Preempted
 
+ASKED = signal.SIGUSR1  # what `request` sends to this process itself
 GRACE_S = 2.0  # after a signal, for what must not be interrupted; giving the task back comes on top
 
 
@@ -34,19 +38,22 @@ class StopSignals:
         self.requested = False
         self._may_raise = False
         self._before: dict[signal.Signals, Any] = {}
+        self._asking = threading.Lock()  # held while handlers change
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for kind in (signal.SIGTERM, signal.SIGINT):
                 self._before[kind] = signal.signal(kind, self._stop)
+            self._before[ASKED] = signal.signal(ASKED, self._stop_once)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.settle()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        with self._asking:
+            while self._before:
+                signal.signal(*self._before.popitem())
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         if self.requested:
@@ -57,6 +64,19 @@ class StopSignals:
         signal.setitimer(signal.ITIMER_REAL, GRACE_S, GRACE_S)
         if self._may_raise:
             raise _Interrupted
+
+    def _stop_once(self, number: int, frame: FrameType | None) -> None:
+        if not self.requested:
+            self._stop(number, frame)
+
+    def request(self) -> None:
+        """Stop as a first signal does; from any thread, and as often as one likes."""
+        with self._asking:
+            if ASKED in self._before:
+                # A sleep or a computation in the main thread is interrupted by nothing else.
+                signal.pthread_kill(threading.main_thread().ident or 0, ASKED)
+            else:
+                self.requested = True
 
     def _insist(self, _number: int, _frame: FrameType | None) -> None:
         raise _Interrupted if self._may_raise else Preempted

@@ -67,7 +67,8 @@ def worker_loop(
         checkpoint_s: seconds of training that are lost at most when the worker is killed, besides the round under way.
 
     Returns:
-        The exit status: 0 at the end of the sweep or when asked to stop, 1 if no manager ever answered.
+        The exit status: 0 at the end of the sweep or when asked to stop, 1 if no manager ever answered, or if the
+        manager set this worker aside because it failed whatever it was given.
 
     Raises:
         GpuUnavailable: the GPU that was asked for cannot be had.
@@ -144,8 +145,11 @@ class _Loop:
                 # What a worker of this host left when it was killed is delivered before it is computed again.
                 self.is_spool_due = True
                 self.stop.sleep(min(max(reply.retry_after, 0.0), LONGEST_WAIT_S))
+            elif reply.kind == "set_aside":
+                log.error("the manager gives this worker no more tasks: %s", reply.message)
+                return 1
             else:
-                log.info("all experiments are done")
+                log.info("%s", reply.message or "all experiments are done")
                 return 0
 
     def _pause(self) -> None:

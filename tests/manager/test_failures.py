@@ -1,0 +1,219 @@
+"""Failures put together by cause, tried again, and tasks that are not run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fedsweep.errors import ProtocolError
+from fedsweep.manager.answers import answer
+from fedsweep.manager.failures import CANCELLED_ERROR, Failure, host_of
+from fedsweep.manager.protocol import parse_request
+
+GRID = "p: {combinations: [{width_factor: [1, 2]}, {seed: [1, 2, 3]}]}\nq: {combinations: [{width_factor: [2, 64]}]}"
+
+
+def ask(manager, kind, legacy=False, **fields):
+    return answer(manager.sweep, parse_request({"type": kind, **fields}), legacy)
+
+
+def take(manager, worker="host-7-a3f0c1"):
+    return ask(manager, "request_task", worker_id=worker)["task"]
+
+
+def fail(manager, task, error="ValueError: no", worker="host-7-a3f0c1", **details):
+    common = {"task_id": task["task_id"], "worker_id": worker, "attempt": task["attempt"]}
+    return ask(manager, "task_failed", error=error, **common, **details)
+
+
+def fail_for_good(manager, error="ValueError: no"):
+    """Hand out and fail, until one task is `failed`; its id."""
+    first = take(manager)
+    fail(manager, first, error)
+    while manager.tasks[first["task_id"]]["status"] != "failed":
+        manager.sweep.ledger._db.execute("UPDATE tasks SET setbacks = -1 WHERE task_id = ?", (first["task_id"],))
+        attempt = manager.sweep.ledger._open_attempt
+        with manager.sweep.ledger._transaction() as db:
+            number = manager.sweep.ledger.view.task(first["task_id"]).number
+            first = first | {"attempt": attempt(db, number, "host-7-a3f0c1", 60.0)}
+        fail(manager, first, error)
+    return first["task_id"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("size 12 does not fit 3.5e-4", "size 7 does not fit 1"),
+        ("cannot read /data/a/x.gz", "cannot read /mnt/b/y.gz"),
+        ("at 0x7f9f38238710", "at 0x11"),
+        ("task exp1_3_42", "task exp1_17_101"),
+        ("GPU-5d6f1c2a-0b1c-4d5e-8f90-123456789abc is lost", "GPU-00000000-0b1c-4d5e-8f90-123456789abc is lost"),
+    ],
+)
+def test_what_differs_from_task_to_task_makes_no_other_cause(first, second):
+    failures = [Failure.of("", exception="ValueError", message=words, frame="a.py:f") for words in (first, second)]
+    assert failures[0].cause == failures[1].cause
+    assert failures[0].group == failures[1].group
+
+
+def test_another_type_words_or_place_is_another_cause():
+    one = {"exception": "ValueError", "message": "no room", "frame": "a.py:f"}
+    others = [{"exception": "KeyError"}, {"message": "no time"}, {"frame": "a.py:g"}]
+    groups = {Failure.of("", **(one | change)).group for change in [{}, *others]}
+    assert len(groups) == 4
+
+
+def test_the_words_of_an_old_client_are_understood():
+    text = (
+        'Traceback (most recent call last):\n  File "/x/fedsweep/fl/a.py", line 3, in f\ntorch.OutOfMemoryError: 2 GiB'
+    )
+    failure = Failure.of(text)
+    assert (failure.exception, failure.message, failure.frame) == ("OutOfMemoryError", "2 GiB", "fedsweep/fl/a.py:f")
+    assert Failure.read(failure.dump()) == failure
+    assert Failure.read("ValueError: no") == Failure.of("ValueError: no")
+    assert Failure.of("").cause == "no reason was given"
+
+
+def test_the_host_is_read_from_the_names_of_our_workers_only():
+    assert [host_of(name) for name in ("node-7-4711-a3f0c1", "gpu 3")] == ["node-7", "gpu 3"]
+
+
+def test_failures_of_open_and_failed_tasks_are_grouped(managers):
+    manager = managers(GRID)
+    failed = fail_for_good(manager, "ValueError: size 12")
+    fail(manager, take(manager, "v"), "ValueError: size 7", "v", exception="ValueError", message="size 7", host="node9")
+    fail(manager, take(manager, "v"), "KeyError: 'x'", "v")
+    first, second = ask(manager, "failures")["groups"]
+    assert (first["cause"], first["failures"], first["failed"], first["open"]) == ("ValueError: size N", 5, 1, 1)
+    assert first["task_ids"][0] == failed
+    assert first["hosts"] == ["host", "node9"]
+    assert (second["cause"], second["failed"], second["open"]) == ("KeyError: 'x'", 0, 1)
+
+
+def test_a_retry_gives_a_fresh_budget_and_attempts_count_on(managers):
+    manager = managers(GRID)
+    failed = fail_for_good(manager)
+    last = manager.sweep.ledger.view.last_attempt()
+    (group,) = ask(manager, "failures")["groups"]
+    assert ask(manager, "retry", names=[group["group"]]) == {"type": "ack", "retried": 1, "cancelled": 0}
+    task = manager.tasks[failed]
+    assert (task["status"], task["retry_count"], task["last_error"]) == ("pending", 0, None)
+    assert ask(manager, "failures")["groups"] == []
+    assert take(manager)["attempt"] > last
+    assert ask(manager, "retry")["retried"] == 0
+
+
+def test_cancelled_tasks_are_failed_dropped_and_brought_back(managers, make_result, check_sound):
+    manager = managers(GRID)
+    running = take(manager)
+    total = manager.get_status()["total"]
+    assert ask(manager, "cancel", names=["p"]) == {"type": "ack", "cancelled": 6, "running": 0, "left": 0}
+    assert ask(manager, "cancel", names=[running["task_id"]])["running"] == 1
+    status = manager.get_status()
+    assert (status["cancelled"], status["failed"]) == (7, 7)
+    assert status["pending"] + status["assigned"] + status["complete"] + status["failed"] == total
+    held = [{"task_id": running["task_id"], "attempt": running["attempt"]}]
+    assert ask(manager, "heartbeat", worker_id="host-7-a3f0c1", tasks=held)["drop"] == [running["task_id"]]
+    manager.close()
+    check_sound(manager.state_file)
+    assert ask(manager, "retry") == {"type": "ack", "retried": 0, "cancelled": 7}
+    assert ask(manager, "retry", names=["cancelled"])["retried"] == 7
+    assert manager.get_status()["cancelled"] == 0
+    manager.close()
+    check_sound(manager.state_file)
+
+
+def test_a_phase_means_the_tasks_that_no_other_phase_asks_for(managers):
+    manager = managers(GRID.replace("{seed: [1, 2, 3]}", "{seed: [42, 2, 3]}"))
+    shared = [
+        name for name, task in manager.tasks.items() if task["seed"] == 42 and task["config"]["width_factor"] == 2
+    ]
+    ask(manager, "cancel", names=["p"])
+    assert [manager.tasks[name]["status"] for name in shared] == ["pending"]
+    assert {task["last_error"] for task in manager.tasks.values()} == {None, CANCELLED_ERROR}
+
+
+def test_a_name_that_means_nothing_changes_nothing(managers):
+    manager = managers(GRID)
+    with pytest.raises(ProtocolError, match="did you mean 'p_0_1'") as raised:
+        ask(manager, "cancel", names=["q", "p_0_11"])
+    assert raised.value.code == "unknown_name"
+    assert manager.get_status()["failed"] == 0
+
+
+@pytest.mark.parametrize("kind", ["failures", "drain", "stop", "retry"])
+def test_old_clients_may_not_command(managers, kind):
+    with pytest.raises(ProtocolError) as raised:
+        ask(managers(GRID), kind, legacy=True)
+    assert raised.value.code == "unauthorized"
+
+
+def test_a_worker_that_is_set_aside_is_told_so_and_shown_over_restarts(managers):
+    manager = managers(GRID)
+    take(manager, "good")
+    for _ in range(3):
+        fail(manager, take(manager), "RuntimeError: CUDA error")
+    told = ask(manager, "request_task", worker_id="host-7-a3f0c1")
+    assert (told["done"], told["set_aside"]) == (False, True)
+    assert "CUDA error" in told["message"]
+    assert manager.get_status()["failed"] == 0
+    (shown,) = managers(GRID).get_status()["set_aside"]
+    assert (shown["host"], shown["reason"], shown["failures"]) == ("host", "RuntimeError: CUDA error", 3)
+
+
+def test_of_a_thousand_tasks_on_eight_workers_one_of_them_broken_none_fails(managers, make_result, clock):
+    """The broken one ends when it is told so, and is started again under another name, for ever."""
+    manager = managers(f"p: {{combinations: [{{seed: {json.dumps(list(range(1000)))}}}]}}")
+    workers = [f"w{number}" for number in range(8)]
+    lives = 0
+    while not manager.check_all_complete():
+        clock.advance(1)
+        for index, worker in enumerate(workers):
+            told = ask(manager, "request_task", worker_id=worker)
+            if told.get("set_aside"):
+                assert index == 3
+                lives += 1
+                workers[index] = f"broken{lives}"
+            elif told["type"] == "task" and index == 3:
+                fail(manager, told["task"], "RuntimeError: CUDA error", worker)
+            elif told["type"] == "task":
+                common = {"task_id": told["task"]["task_id"], "worker_id": worker, "attempt": told["task"]["attempt"]}
+                ask(manager, "submit_result", result_data=make_result(told["task"]), **common)
+    status = manager.get_status()
+    assert (status["complete"], status["failed"]) == (1000, 0)
+    assert lives > 10
+
+
+@pytest.mark.parametrize("how", ["drain", "stop"])
+def test_a_sweep_that_is_ended_tells_its_workers(managers, how):
+    manager = managers(GRID)
+    task = take(manager)
+    assert ask(manager, how) == {"type": "ack"}
+    assert manager.get_status()["ending"] == how
+    told = ask(manager, "request_task", worker_id="v")
+    assert (told["type"], told["done"]) == ("no_task", True)
+    assert f"fedsweep {how}" in told["message"]
+    held = [{"task_id": task["task_id"], "attempt": task["attempt"]}]
+    beat = ask(manager, "heartbeat", worker_id="host-7-a3f0c1", tasks=held)
+    assert beat == {"type": "ack", "drop": []} | ({"stop": True} if how == "stop" else {})
+
+
+def test_the_time_left_counts_experiments_that_train_together_once(managers, make_result, clock):
+    manager = managers(f"p: {{combinations: [{{seed: {json.dumps(list(range(40)))}}}]}}")
+    tasks = ask(manager, "request_task", worker_id="w", max_tasks=20)["tasks"]
+    manager.get_status()
+    for round_number in range(1, 6):
+        clock.advance(10)
+        held = [
+            {"task_id": task["task_id"], "attempt": task["attempt"], "round": round_number, "rounds": 10}
+            for task in tasks
+        ]
+        ask(manager, "heartbeat", worker_id="w", tasks=held)
+        left = manager.get_status()["eta_s"]
+    assert left == pytest.approx(150)  # 20 halves took 50 s; 20 halves and 20 wholes are left
+    clock.advance(50)
+    for task in tasks:
+        result = make_result(task, wall_time_s=100.0)
+        ask(manager, "submit_result", task_id=task["task_id"], worker_id="w", result_data=result)
+    assert manager.get_status()["eta_s"] == pytest.approx(100)
