@@ -9,7 +9,7 @@ The invariants have numbers, so that tests, docs and `fedsweep doctor` speak of 
     I4  attempt numbers only grow, over restarts too
     I5  a task has one open attempt at most
     I6  pending + assigned + complete + failed = total
-    I7  a task is failed only after four failures of its own, or five losses
+    I7  a task is failed only after four failures of its own, or five losses, or because it was cancelled
     I8  a sweep is over only when every task is complete or failed and I3 holds
 """
 
@@ -32,6 +32,7 @@ from pydantic import ValidationError
 from fedsweep.errors import StateError
 from fedsweep.manager.columns import FILE_NAME, PARAMETERS, format_row, header
 from fedsweep.manager.csv_lines import BYTE_ORDER_MARK, Header, read_header, read_row, split
+from fedsweep.manager.failures import CANCELLED_ERROR
 from fedsweep.manager.ledger import MAX_FAILURES, MAX_LOSSES
 from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.protocol import ResultData
@@ -210,7 +211,8 @@ RULES = (
     _Rule(
         "I7",
         f"failed, but neither {MAX_FAILURES} failures nor {MAX_LOSSES} losses: {{}}",
-        f"SELECT task_id FROM tasks t WHERE status = 'failed' AND failures < {MAX_FAILURES} AND losses < {MAX_LOSSES}",
+        f"SELECT task_id FROM tasks t WHERE status = 'failed' AND failures < {MAX_FAILURES} AND losses < {MAX_LOSSES} "
+        f"AND last_error IS NOT '{CANCELLED_ERROR}'",
         is_derived=True,
     ),
     _Rule(
