@@ -1052,12 +1052,15 @@ void fedsweep_mean(int64_t count, const S* const* rows, const double* shares, in
   for (int64_t first = 0; first < numbers; first += BLOCK) {
     const int n = int(std::min<int64_t>(BLOCK, numbers - first));
     double sum[BLOCK] = {};
-    if (n == BLOCK)
-      for (int64_t r = 0; r < count; ++r)
-        for (int i = 0; i < BLOCK; ++i) sum[i] += shares[r] * double(rows[r][first + i]);
-    else
-      for (int64_t r = 0; r < count; ++r)
-        for (int i = 0; i < n; ++i) sum[i] += shares[r] * double(rows[r][first + i]);
+    for (int64_t r = 0; r < count; ++r) {
+      const S *row = rows[r] + first, *next = rows[std::min(r + 1, count - 1)] + first;
+      int i = 0;
+      for (; i + VL <= n; i += VL) {
+        __builtin_prefetch(next + i);
+        for (int k = i; k < i + VL; ++k) sum[k] += shares[r] * double(row[k]);
+      }
+      for (; i < n; ++i) sum[i] += shares[r] * double(row[i]);
+    }
     for (int i = 0; i < n; ++i) out[first + i] = S(sum[i] / whole);
   }
 }
