@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+from fedsweep.errors import StateError
 from fedsweep.manager.records import Counts, History, Row, Status, Task, UnknownTask
 
 
@@ -137,7 +138,7 @@ class LedgerView:
                 phase=row["phase"],
                 spelled=json.loads(row["spelled"]),
                 signature=row["signature"],
-                result=json.loads(row["data"]),
+                result=_result(row["data"], row["signature"]),
             )
 
     def output_dirs(self) -> dict[str, bool]:
@@ -197,6 +198,15 @@ class LedgerView:
             (limit,),
         )
         return [float(row["wall_time_s"]) for row in rows]
+
+
+def _result(data: str, signature: str) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(data)
+    except ValueError:
+        reason = f"the result of {signature} cannot be read; `fedsweep doctor` says what to do"
+        raise StateError(reason) from None
+    return result
 
 
 def _whole(row: sqlite3.Row) -> dict[str, Any]:

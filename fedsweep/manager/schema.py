@@ -153,8 +153,10 @@ END;
 MIGRATIONS = (_FIRST, _SECOND)  # the script at index n takes a file from version n to n + 1
 
 
-def open_database(path: Path) -> sqlite3.Connection:
+def open_database(path: Path, *, is_examined: bool = True) -> sqlite3.Connection:
     """The database at `path`, made if there is none, brought to the newest version, held by this process alone.
+
+    Every page of it is looked at, unless `is_examined` says that the caller does so.
 
     Raises:
         StateError: what lies there is not a ledger that this version can use. Nothing was changed.
@@ -168,6 +170,8 @@ def open_database(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         _prepare(connection)
+        if is_examined:
+            _examine(connection)
         _migrate(connection, path)
     except BaseException as error:
         connection.close()
@@ -179,17 +183,20 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    """Set the connection up, and look at every page.
-
-    Raises:
-        sqlite3.DatabaseError: the file is damaged.
-    """
     connection.row_factory = sqlite3.Row
     # EXCLUSIVE before WAL: then no memory is shared with other processes, which network file systems cannot do.
     connection.execute("PRAGMA locking_mode = EXCLUSIVE")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _examine(connection: sqlite3.Connection) -> None:
+    """Look at every page.
+
+    Raises:
+        sqlite3.DatabaseError: the file is damaged.
+    """
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
         raise sqlite3.DatabaseError(" ".join(str(problem).split()))
