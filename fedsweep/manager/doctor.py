@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsweep.errors import StateError
+from fedsweep.files import fsync_folder
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.columns import FILE_NAME
 from fedsweep.manager.invariants import RESTORE, Violation, check, reading
@@ -21,7 +22,7 @@ from fedsweep.manager.ledger import Ledger
 from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.mending import mend
 from fedsweep.manager.projection import Projection
-from fedsweep.manager.schema import fsync_folder, open_database
+from fedsweep.manager.schema import open_database
 from fedsweep.manager.state_dir import LEDGER_FILE, STATUS_FILE, StateLock
 
 SOUND, UNSOUND = 0, 1

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedsweep.errors import StateError
+from fedsweep.files import fsync_folder, make_folder
 from fedsweep.plan.cohort import cohort_key, expected_cost, sharing_key
 from fedsweep.plan.experiment import Experiment, RunOptions
 
@@ -262,7 +263,7 @@ _DERIVED: dict[str, Callable[[str], str | float]] = {
 
 def _create(path: Path) -> None:
     """Make a new ledger beside its place, whole and on disk, and only then move it there: a crash leaves no part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     unfinished = _unfinished(path)
     connection = sqlite3.connect(unfinished, isolation_level=None)
     try:
@@ -287,12 +288,3 @@ def _unfinished(path: Path) -> Path:
 
 def _wal(path: Path) -> Path:
     return path.with_name(f"{path.name}-wal")
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedsweep.files import fsync_folder
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.fleet import Fleet
 from fedsweep.manager.ledger import Ledger
@@ -55,6 +56,7 @@ class OpenSweep:
         try:
             self.ledger = Ledger(state_dir / LEDGER_FILE, clock)
             self.token = ensure_token(state_dir / TOKEN_FILE)
+            fsync_folder(state_dir)  # workers elsewhere have this token
         except BaseException:
             self._held.release()
             raise
