@@ -411,6 +411,29 @@ def report(
     show_report(make_report(directories), as_json=as_json)
 
 
+@app.command()
+def doctor(
+    state_dir: Annotated[Path, typer.Argument(metavar="[DIR]", help="The state directory of the sweep.")] = Path(
+        ".fedsweep"
+    ),
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Put right what the ledger allows; a copy of what is changed stays beside it."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a state directory and its results files: every result there once, and every file saying so.
+
+    Call it in the folder where the sweep ran, while no manager runs. Exit status: 0 sound, or repaired; 1 something is
+    wrong; 2 the ledger cannot be read, or a manager has it.
+    """
+    from fedsweep.manager.doctor import examine, show_diagnosis
+
+    diagnosis = examine(state_dir, repair=repair)
+    show_diagnosis(diagnosis, as_json=as_json)
+    raise typer.Exit(diagnosis.exit_code)
+
+
 def _one_address(manager: str | None, join: str | None) -> str | None:
     """The address that either option names, checked."""
     from fedsweep.address import parse_address

@@ -49,19 +49,24 @@ def enrol(
         writer.store(start, tasks[start : start + PAGE])
     _forget_unused_cells(db)
     _store_output_dirs(db, writer.differences, every_cell=keep_others)
-    db.execute("DELETE FROM counts")
-    db.execute("INSERT INTO counts SELECT status, orphaned, diverged, count(*) FROM tasks GROUP BY 1, 2, 3")
-    db.execute("DELETE FROM unfinished")
-    db.execute(
-        "INSERT INTO unfinished "
-        "SELECT cost, count(*) FROM tasks WHERE status IN ('pending', 'assigned') AND orphaned = 0 GROUP BY cost"
-    )
+    count_again(db)
     return PlanChange(
         added=writer.added,
         kept=len(planned) - writer.added - restored,
         removed=len(removed),
         restored=restored,
         ended_attempts=tuple(row["attempt"] for row in removed if row["attempt"] is not None),
+    )
+
+
+def count_again(db: sqlite3.Connection) -> None:
+    """Make the amounts that are kept beside the tasks those of the tasks."""
+    db.execute("DELETE FROM counts")
+    db.execute("INSERT INTO counts SELECT status, orphaned, diverged, count(*) FROM tasks GROUP BY 1, 2, 3")
+    db.execute("DELETE FROM unfinished")
+    db.execute(
+        "INSERT INTO unfinished "
+        "SELECT cost, count(*) FROM tasks WHERE status IN ('pending', 'assigned') AND orphaned = 0 GROUP BY cost"
     )
 
 

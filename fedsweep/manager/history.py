@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsweep.files import fsync_folder
 from fedsweep.manager.records import History
-from fedsweep.manager.schema import fsync_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa

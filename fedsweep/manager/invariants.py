@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -38,8 +39,14 @@ from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.protocol import ResultData
 from fedsweep.manager.records import Row
 from fedsweep.manager.schema import open_database, refuse_what_is_no_ledger
-from fedsweep.manager.state_dir import LEDGER_FILE
+from fedsweep.manager.state_dir import LEDGER_FILE, STATUS_FILE
 
+RESTORE = (
+    "put a backup of the ledger in its place; without one, move the state directory away and start the sweep again: "
+    "rows in its results files count as done"
+)
+# What SQLite says of indices and values; whatever else it finds is damage.
+_MENDABLE = re.compile(r"(missing from|wrong # of entries in|non-unique entry in) index|constraint failed")
 SHOWN = 5  # of several alike in one message
 
 
@@ -76,7 +83,7 @@ def check(
     """
     ledger = Path(state_dir) / LEDGER_FILE
     with reading(ledger) as db:
-        found = [*check_ledger(db, str(ledger)), *check_files(db, folder)]
+        found = [*check_ledger(db, str(ledger)), *check_files(db, folder), *_check_last_status(db, ledger.parent)]
         if acknowledged is not None:
             found += check_acknowledged(db, str(ledger), acknowledged)
         if has_ended:
@@ -100,13 +107,15 @@ def reading(ledger: Path) -> Iterator[sqlite3.Connection]:
             for suffix in ("", "-wal", "-journal"):
                 if (part := Path(f"{ledger}{suffix}")).exists():
                     shutil.copyfile(part, f"{copy}{suffix}")
-            db = open_database(copy)
+            db = open_database(copy, is_examined=False)
         except OSError as error:
             raise StateError(f"{ledger} cannot be read ({error.strerror})") from None
         except StateError as error:
             raise StateError(str(error).replace(str(copy), str(ledger))) from None
         try:
             yield db
+        except sqlite3.DatabaseError as error:
+            raise StateError(f"{ledger} is damaged ({error}); {RESTORE}") from None
         finally:
             db.close()
 
@@ -126,8 +135,11 @@ def check_ledger(db: sqlite3.Connection, where: str) -> list[Violation]:
 
 
 def _check_storage(db: sqlite3.Connection, where: str) -> Iterator[Violation]:
-    if (problems := [row[0] for row in db.execute("PRAGMA integrity_check(20)")]) != ["ok"]:
-        yield Violation("I0", where, _some(" ".join(str(problem).split()) for problem in problems), is_derived=True)
+    problems = [" ".join(str(row[0]).split()) for row in db.execute("PRAGMA integrity_check(20)")]
+    if problems != ["ok"]:
+        if damaged := [problem for problem in problems if not _MENDABLE.search(problem)]:
+            raise sqlite3.DatabaseError(damaged[0])
+        yield Violation("I0", where, _some(problems), is_derived=True)
     if dangling := [f"{row[0]}:{row[1]}" for row in db.execute("PRAGMA foreign_key_check")]:
         yield Violation("I0", where, f"rows that refer to none: {_some(dangling)}", is_derived=False)
 
@@ -142,8 +154,9 @@ class _Rule:
     is_derived: bool = False
 
 
-_COUNTED = "(SELECT count(*) FROM attempts a WHERE a.task = t.number AND a.ended_as = '{}')"
-_OWN = "NOT EXISTS (SELECT 1 FROM meta WHERE key = 'taken_over')"  # another state's failures came without attempts
+# What is held against a task must have happened to its attempts; another state's failures came without any.
+COUNTED = "(SELECT count(*) FROM attempts a WHERE a.task = t.number AND a.ended_as = '{}')"
+NO_TAKE_OVER = "NOT EXISTS (SELECT 1 FROM meta WHERE key = 'taken_over')"
 RULES = (
     _Rule(
         "I1",
@@ -156,6 +169,7 @@ RULES = (
         "I2",
         "complete, but without a result: {}",
         "SELECT task_id FROM tasks WHERE status = 'complete' AND number NOT IN (SELECT task FROM results)",
+        is_derived=True,
     ),
     _Rule(
         "I2",
@@ -165,7 +179,7 @@ RULES = (
     ),
     _Rule(
         "I2",
-        "an attempt brought a result that is not there: {}",
+        "an attempt brought a result that is not there: {}",  # its row may still hold it
         "SELECT DISTINCT t.task_id FROM attempts a JOIN tasks t ON t.number = a.task "
         "WHERE a.ended_as = 'result' AND a.task NOT IN (SELECT task FROM results)",
     ),
@@ -193,6 +207,7 @@ RULES = (
         "more than one open attempt of {}",
         "SELECT t.task_id FROM attempts a JOIN tasks t ON t.number = a.task WHERE a.ended_as IS NULL "
         "GROUP BY a.task HAVING count(*) > 1",
+        is_derived=True,
     ),
     _Rule(
         "I5",
@@ -218,8 +233,8 @@ RULES = (
     _Rule(
         "I7",
         "more failures or losses are held against it than its attempts had: {}",
-        f"SELECT task_id FROM tasks t WHERE (failures > {_COUNTED.format('failed')} "
-        f"OR losses > {_COUNTED.format('lost')}) AND {_OWN}",
+        f"SELECT task_id FROM tasks t WHERE (failures > {COUNTED.format('failed')} "
+        f"OR losses > {COUNTED.format('lost')}) AND {NO_TAKE_OVER}",
         is_derived=True,
     ),
 )
@@ -227,12 +242,13 @@ RULES = (
 
 def _check_results(db: sqlite3.Connection, where: str) -> Iterator[Violation]:
     query = "SELECT t.task_id, r.data, r.history FROM results r JOIN tasks t ON t.number = r.task"
-    bad = [task_id for task_id, data, history in db.execute(query) if not _is_result(data, history)]
+    bad = [task_id for task_id, data, history in db.execute(query) if not is_result(data, history)]
     if bad:
-        yield Violation("I2", where, f"the result cannot be read: {_some(bad)}", is_derived=False)
+        yield Violation("I2", where, f"the result cannot be read: {_some(bad)}", is_derived=True)
 
 
-def _is_result(data: str, history: str | None) -> bool:
+def is_result(data: str, history: str | None) -> bool:
+    """Whether this is the text of a result and its history, as the ledger keeps them."""
     try:
         whole = _strict(data) | ({} if history is None else {"history": _strict(history)})
         ResultData.model_validate(whole)
@@ -297,6 +313,18 @@ def check_end(db: sqlite3.Connection, where: str, found: Iterable[Violation]) ->
         yield Violation("I8", where, f"the sweep has ended, but not all rows stand in {_some(files)}", is_derived=True)
 
 
+def _check_last_status(db: sqlite3.Connection, state_dir: Path) -> Iterator[Violation]:
+    """Whether every task that was complete when the manager last ended still has its result: none ever goes (I8)."""
+    try:
+        complete = int(json.loads((state_dir / STATUS_FILE).read_text("utf-8"))["complete"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return  # none was left, or it is no such file; it only ever informs
+    (results,) = db.execute("SELECT count(*) FROM results").fetchone()
+    if results < complete:
+        what = f"when the last manager ended, {complete} experiments were complete; the ledger has {results} results"
+        yield Violation("I8", str(state_dir / STATUS_FILE), what, is_derived=False)
+
+
 # ---- the results files --------------------------------------------------------------------------------------------
 
 
@@ -305,7 +333,10 @@ def check_files(db: sqlite3.Connection, folder: str | Path) -> Iterator[Violatio
     view = LedgerView(db)
     for output_dir, is_active in view.output_dirs().items():
         path = Path(folder) / output_dir / FILE_NAME
-        rows = list(view.rows_in(output_dir))
+        try:
+            rows = list(view.rows_in(output_dir))
+        except StateError:
+            continue  # a result cannot be read, which is said of the ledger
         if not os.path.exists(path):
             if rows and is_active:  # a folder of an earlier grid may have been removed
                 what = f"it is missing; the ledger has {len(rows)} rows for it"

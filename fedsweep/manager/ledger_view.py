@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
+from fedsweep.errors import StateError
 from fedsweep.manager.records import Counts, History, Row, Status, Task, UnknownTask
 
 
@@ -153,7 +154,7 @@ class LedgerView:
                 phase=row["phase"],
                 spelled=json.loads(row["spelled"]),
                 signature=row["signature"],
-                result=json.loads(row["data"]),
+                result=_result(row["data"], row["signature"]),
             )
 
     def output_dirs(self) -> dict[str, bool]:
@@ -213,6 +214,15 @@ class LedgerView:
         """The expected cost of a task, see `plan.cohort.expected_cost`; 0 where there is none of this id."""
         row = self._db.execute("SELECT cost FROM tasks WHERE task_id = ?", (task_id,)).fetchone()
         return 0.0 if row is None else float(row["cost"])
+
+
+def _result(data: str, signature: str) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(data)
+    except ValueError:
+        reason = f"the result of {signature} cannot be read; `fedsweep doctor` says what to do"
+        raise StateError(reason) from None
+    return result
 
 
 def _whole(row: sqlite3.Row) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fedsweep.files import fsync_folder, make_folder
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.columns import FILE_NAME, format_row, line
 from fedsweep.manager.ledger import Ledger
 from fedsweep.manager.records import Row
-from fedsweep.manager.schema import fsync_folder
 from fedsweep.manager.survey import Survey, Surveyor, foreign_line, whole_columns
 
 log = logging.getLogger(__name__)
@@ -78,11 +78,12 @@ class Projection:
         return self._guarded(output_dir, partial(self._sync, output_dir, patient))
 
     def flush(self) -> None:
-        """Force everything that was appended to the disk."""
+        """Force every file to the disk, also what a manager before this one has appended and not forced there."""
         while self._unsynced:
             path = self._unsynced.pop()
             try:
                 _fsync(path)
+                fsync_folder(path.parent)
             except OSError as error:
                 self._lag(str(path.parent), error)
 
@@ -194,6 +195,7 @@ class Projection:
     def _repair(self, output_dir: str, path: Path, stamp: Stamp | None, survey: Survey) -> None:
         if stamp is not None and survey.is_sound and stamp[2] > 0:
             self._known[output_dir] = _Known(survey.columns, stamp)
+            self._unsynced.add(path)
             if survey.missing:
                 _refuse_change(path, stamp)
                 self._write_lines(output_dir, path, self._known[output_dir], survey.missing)
@@ -203,7 +205,7 @@ class Projection:
     def _rewrite(self, output_dir: str, path: Path, stamp: Stamp | None, survey: Survey) -> None:
         """Write the file anew, whole and on disk, then put it in the place of the old one."""
         columns = whole_columns(survey)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         fresh = path.with_name(f".{path.name}.{self._ledger.view.meta('ledger_id')}.tmp")
         try:
             self._write_fresh(output_dir, fresh, columns, survey.foreign)
@@ -216,7 +218,7 @@ class Projection:
             fresh.unlink(missing_ok=True)
             raise
         self._known[output_dir] = _Known(columns, written)
-        self._unsynced.discard(path)
+        self._unsynced.add(path)
 
     def _write_fresh(
         self, output_dir: str, fresh: Path, columns: Sequence[str], foreign: Iterable[dict[str, str]]

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsweep.errors import DataError
+from fedsweep.files import fsync_folder
 from fedsweep.manager.adoption import INTEGER_FIELDS, NUMBER_FIELDS, TEXT_FIELDS, match, read_result
 from fedsweep.manager.columns import FILE_NAME, RESULT_COLUMNS, unguard
 from fedsweep.manager.csv_lines import read_header, read_row, split
 from fedsweep.manager.enrolment import MATCH_PARAMETERS, join
-from fedsweep.manager.schema import fsync_folder
 from fedsweep.manager.summary import summarise
 from fedsweep.plan.experiment import Experiment
 from fedsweep.plan.grid import Grid, PlannedTask

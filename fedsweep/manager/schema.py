@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedsweep.errors import StateError
+from fedsweep.files import fsync_folder, make_folder
 from fedsweep.plan.cohort import cohort_key, expected_cost, sharing_key
 from fedsweep.plan.experiment import Experiment, RunOptions
 
@@ -153,8 +154,10 @@ END;
 MIGRATIONS = (_FIRST, _SECOND)  # the script at index n takes a file from version n to n + 1
 
 
-def open_database(path: Path) -> sqlite3.Connection:
+def open_database(path: Path, *, is_examined: bool = True) -> sqlite3.Connection:
     """The database at `path`, made if there is none, brought to the newest version, held by this process alone.
+
+    Every page of it is looked at, unless `is_examined` says that the caller does so.
 
     Raises:
         StateError: what lies there is not a ledger that this version can use. Nothing was changed.
@@ -168,6 +171,8 @@ def open_database(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         _prepare(connection)
+        if is_examined:
+            _examine(connection)
         _migrate(connection, path)
     except BaseException as error:
         connection.close()
@@ -179,17 +184,20 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    """Set the connection up, and look at every page.
-
-    Raises:
-        sqlite3.DatabaseError: the file is damaged.
-    """
     connection.row_factory = sqlite3.Row
     # EXCLUSIVE before WAL: then no memory is shared with other processes, which network file systems cannot do.
     connection.execute("PRAGMA locking_mode = EXCLUSIVE")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _examine(connection: sqlite3.Connection) -> None:
+    """Look at every page.
+
+    Raises:
+        sqlite3.DatabaseError: the file is damaged.
+    """
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
         raise sqlite3.DatabaseError(" ".join(str(problem).split()))
@@ -255,7 +263,7 @@ _DERIVED: dict[str, Callable[[str], str | float]] = {
 
 def _create(path: Path) -> None:
     """Make a new ledger beside its place, whole and on disk, and only then move it there: a crash leaves no part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     unfinished = _unfinished(path)
     connection = sqlite3.connect(unfinished, isolation_level=None)
     try:
@@ -280,12 +288,3 @@ def _unfinished(path: Path) -> Path:
 
 def _wal(path: Path) -> Path:
     return path.with_name(f"{path.name}-wal")
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from fedsweep.address import ADDRESS_FILE, Address
 from fedsweep.errors import StateError, StateHeldError
+from fedsweep.files import make_folder
 
 LEDGER_FILE = "ledger.sqlite3"
 TOKEN_FILE = "token"
@@ -32,7 +33,7 @@ class StateLock:
     def __init__(self, state_dir: Path) -> None:
         path = state_dir / LOCK_FILE
         try:
-            state_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(state_dir)
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise StateError(

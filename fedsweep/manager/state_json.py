@@ -17,10 +17,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedsweep.errors import ConfigError, Problem, StateError
+from fedsweep.files import fsync_folder
 from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.protocol import ResultData
 from fedsweep.manager.records import Task
-from fedsweep.manager.schema import fsync_folder
 from fedsweep.plan.experiment import (
     PARAMETERS,
     RunOptions,

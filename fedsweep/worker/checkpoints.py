@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsweep import __version__
+from fedsweep.files import fsync_folder, make_folder
 from fedsweep.worker import kernels
 from fedsweep.worker.device import device_name
 
@@ -68,7 +69,7 @@ class Checkpoints:
         if self.folder is None:
             return False
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._replace(self._path(checkpoint.origin.signature), _packed(checkpoint))
         except OSError as error:
             log.warning("%s cannot be kept in the middle: %s", checkpoint.origin.signature, error)
@@ -83,6 +84,7 @@ class Checkpoints:
                 stream.flush()
                 os.fsync(descriptor)
             os.replace(temporary, path)
+            fsync_folder(path.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsweep.errors import ProtocolError
+from fedsweep.files import fsync_folder, make_folder
 from fedsweep.manager.protocol import decode
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,7 @@ def put(folder: Path, task_id: str, attempt: int | None, result_data: Mapping[st
     """
     content = {"task_id": task_id, "attempt": attempt, "result_data": dict(result_data)}
     raw = json.dumps(content, allow_nan=False).encode()
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        _sync_folder(folder.parent)
+    make_folder(folder)
     name = hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     path = folder / f"{name}-{attempt or 0}{SUFFIX}"
     descriptor, temporary = tempfile.mkstemp(prefix=f"{name}-", suffix=UNFINISHED, dir=folder)
@@ -71,7 +70,7 @@ def put(folder: Path, task_id: str, attempt: int | None, result_data: Mapping[st
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync_folder(folder)
+    fsync_folder(folder)
     return Undelivered(path, task_id, attempt, dict(result_data))
 
 
@@ -146,12 +145,3 @@ def _written_at(path: Path) -> float:
         return path.lstat().st_mtime
     except OSError:
         return time.time()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

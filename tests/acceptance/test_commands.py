@@ -42,7 +42,7 @@ def test_help_loads_nothing_heavy():
     assert not {"torch", "numpy", "pandas", "pydantic", "matplotlib", "ruamel", "sqlite3", "asyncio"} & set(modules)
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "manager", "worker", "status", "report"])
+@pytest.mark.parametrize("command", ["run", "plan", "manager", "worker", "status", "report", "doctor"])
 def test_every_command_has_help(fedsweep, command):
     done = fedsweep(command, "--help")
     assert done.returncode == 0

@@ -1,0 +1,50 @@
+"""Power goes at any moment, and of what was not synced any part is there: nothing that was promised is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("power_loss.py")
+
+
+def lose_power(folder: Path, first: int, last: int, forgotten: str | None = None) -> dict[str, Any]:
+    """Lose power for each seed from `first` to before `last`, with syncs of one kind forgotten if told so."""
+    arguments = [sys.executable, str(SCRIPT), str(folder), str(first), str(last), *([forgotten] if forgotten else [])]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+@pytest.mark.parametrize("first", [0, 250])
+def test_nothing_that_was_promised_is_lost(tmp_path: Path, first: int) -> None:
+    report = lose_power(tmp_path, first, first + 250)
+    assert report["problems"] == []
+    # A run that never hit a kind of moment has shown nothing about it.
+    moments = ("write", "sync", "rename", "promise", "name", "file")
+    assert {kind for kind in moments if report["hits"].get(kind)} == set(moments), report["hits"]
+    assert {kind for kind in moments if report["hits"].get(f"second {kind}")} >= {"write", "sync", "promise"}
+    assert min(report["hits"]["ended"], report["hits"]["spooled"]) >= 5
+    assert len(report["traces"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "words"),
+    [
+        ("the ledger's log", "acknowledged, but not in the ledger"),
+        ("the ledger", "ledger"),
+        ("results files", "not all rows stand in"),
+        ("the spool", "is not in the spool"),
+        ("checkpoints", "no checkpoint of"),
+        ("folders", "acknowledged"),
+    ],
+)
+def test_a_sync_that_is_forgotten_would_be_found(tmp_path: Path, forgotten: str, words: str) -> None:
+    problems = lose_power(tmp_path, 0, 40, forgotten)["problems"]
+    assert any(words in problem for _, _, problem in problems), problems
