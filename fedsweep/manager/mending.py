@@ -5,10 +5,11 @@ from __future__ import annotations
 import sqlite3
 
 from fedsweep.manager.enrolment import count_again
+from fedsweep.manager.failures import CANCELLED_ERROR
 from fedsweep.manager.invariants import COUNTED, NO_TAKE_OVER, is_result
 from fedsweep.manager.ledger import MAX_FAILURES, MAX_LOSSES
 
-_SPENT = f"(failures >= {MAX_FAILURES} OR losses >= {MAX_LOSSES})"
+_SPENT = f"(failures >= {MAX_FAILURES} OR losses >= {MAX_LOSSES} OR last_error IS '{CANCELLED_ERROR}')"
 _HAS_RESULT = "number IN (SELECT task FROM results)"
 _OPEN = "(SELECT max(a.number) FROM attempts a WHERE a.task = tasks.number AND a.ended_as IS NULL)"
 _WAITS = f"iif({_SPENT}, 'failed', 'pending')"

@@ -18,8 +18,10 @@ import pytest
 
 from fedsweep.errors import StateError, StateHeldError
 from fedsweep.manager import ExperimentManager
+from fedsweep.manager.answers import answer
 from fedsweep.manager.doctor import RESTORE, Diagnosis, examine, next_step, show_diagnosis
 from fedsweep.manager.invariants import Violation, check
+from fedsweep.manager.protocol import parse_request
 
 STATE, LEDGER = Path(".fedsweep"), Path(".fedsweep/ledger.sqlite3")
 FIRST, SECOND = Path("out/first/final_results.csv"), Path("out/second/final_results.csv")
@@ -295,6 +297,19 @@ def test_a_sweep_in_the_middle_breaks_none_and_a_repair_changes_nothing(sound):
     diagnosis = examine(STATE, repair=True)
     assert (diagnosis.found, diagnosis.backups, diagnosis.exit_code) == ((), (), 0)
     assert everything() == before
+
+
+def test_a_cancelled_task_is_no_violation_and_stays_cancelled_through_a_repair(sound, managers):
+    manager = managers()
+    cancelled = answer(manager.sweep, parse_request({"type": "cancel", "names": ["p"]}), legacy=False)["cancelled"]
+    manager.close()
+    assert cancelled > 0
+    assert check(STATE) == []
+    with edit() as db:
+        db.execute("UPDATE tasks SET status = 'pending' WHERE status = 'complete'")
+    assert examine(STATE, repair=True).exit_code == 0
+    manager = managers()
+    assert manager.get_status()["cancelled"] == cancelled
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
