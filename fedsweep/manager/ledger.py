@@ -101,6 +101,7 @@ class Ledger:
         """Bring in the tasks, results and hand-outs of a JSON state; what this ledger knows already stays as it is."""
         with self._transaction() as db:
             brought = take_over(db, state, self.clock.now(), lease_s)
+            self._set_meta(db, "taken_over", self._now())  # its failures and losses come without attempts
             ended = [self._store_result(db, number, task.result or {}) for number, task in brought.results]
         self._renew_all()
         for attempts in ended:

@@ -164,7 +164,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         if _wal(path).exists():
             raise StateError(f"{path} is missing but {_wal(path).name} is there; put the file back, or move both away")
         _create(path)
-    _refuse_what_is_no_ledger(path)
+    refuse_what_is_no_ledger(path)
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         _prepare(connection)
@@ -195,8 +195,12 @@ def _prepare(connection: sqlite3.Connection) -> None:
         raise sqlite3.DatabaseError(" ".join(str(problem).split()))
 
 
-def _refuse_what_is_no_ledger(path: Path) -> None:
-    """Look at the header without opening the file as a database, which would already change it."""
+def refuse_what_is_no_ledger(path: Path) -> None:
+    """Look at the header without opening the file as a database, which would already change it.
+
+    Raises:
+        StateError: this is no ledger; the message says what it is.
+    """
     advice = "move it away or name another --state-dir"
     if not path.is_file():
         raise StateError(f"{path} is not a file; {advice}")
