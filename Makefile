@@ -1,15 +1,22 @@
 # make run   install, then the quickstart sweep        make test   install, then everything CI checks
+# make stress   the long tests of reliability (half an hour)        make mutants   mistakes that the tests must find
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint docs clean
+.PHONY: run test stress mutants lint docs clean
 
 run: $(VENV)/.installed
 	$(BIN)/fedsweep run configs/quickstart.yaml
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/pytest -n 2 --dist worksteal
+
+stress: $(VENV)/.installed-test
+	$(BIN)/python tests/stress/stress.py
+
+mutants: $(VENV)/.installed-test
+	$(BIN)/python tests/mutants/kill_mutants.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

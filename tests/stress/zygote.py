@@ -1,0 +1,115 @@
+"""Starts managers or workers in milliseconds: a process that has imported everything, and forks.
+
+Run as a script with a role (`manager` or `worker`), the folder of the sweep, and a port. It reads one command a line
+(`start NAME`, `kill PID`, `ended PID`) and answers each with one line. When its standard input ends, it kills what it
+started, and ends.
+
+What is not as in production: no time is spent on training, several processes share one interpreter's start, and pauses
+are short.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import uuid
+from pathlib import Path
+from typing import Any, NoReturn
+
+from histories import Recorder
+from plug import Plug
+
+HEARTBEAT_S, LEASE_S = 0.2, 1.2
+TOGETHER = 2  # tasks that a worker takes at once
+
+
+def start(role: str, folder: Path, port: int, name: str) -> int:
+    """Fork a manager or a worker; its process id."""
+    if pid := os.fork():
+        return pid
+    status = 70
+    try:
+        os.setpgid(0, 0)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        log_file = os.open(folder / f"{role}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(log_file, 1)
+        os.dup2(log_file, 2)
+        logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name} %(message)s")
+        status = (run_manager if role == "manager" else run_worker)(folder, port, name)
+    except BaseException:
+        logging.exception("ended by")
+    finally:
+        os._exit(status)
+
+
+def run_manager(folder: Path, port: int, name: str) -> int:
+    """The real manager."""
+    from fedsweep.manager import ExperimentManager, service
+
+    service.TELL_DONE_S = 2.0  # workers that were killed are not waited for long
+    Plug(folder / "points", name).install_in_manager()
+    os.chdir(folder)
+    options: dict[str, Any] = {"heartbeat_s": HEARTBEAT_S, "lease_s": LEASE_S, "refresh_s": 0.5}
+    return ExperimentManager(["sweep.yaml"], port=port, **options).start()
+
+
+def run_worker(folder: Path, port: int, name: str) -> int:
+    """The real worker, with a trainer that computes nothing."""
+    from instant import install
+
+    from fedsweep.worker import worker_loop
+
+    os.chdir(folder)
+    Plug(folder / "points", name).install_in_worker()
+    Recorder(folder / "history", name).listen_in()
+    install(folder, TOGETHER)
+    return worker_loop(f"127.0.0.1:{port}", "cpu", worker_id=f"{name}-{uuid.uuid4().hex[:6]}", threads=1)
+
+
+def import_everything(role: str) -> None:
+    """What the forked processes shall find imported."""
+    if role == "manager":
+        import fedsweep.manager.results
+        import fedsweep.manager.service  # noqa: F401
+    else:
+        import instant
+
+        instant.load()
+
+
+def main(role: str, folder: Path, port: int) -> NoReturn:
+    """Obey until standard input ends."""
+    import_everything(role)
+    running: set[int] = set()
+
+    def ended(pid: int, options: int) -> int | None:
+        found, status = os.waitpid(pid, options)
+        if not found:
+            return None
+        running.discard(pid)
+        return os.waitstatus_to_exitcode(status)
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        command, argument = line.split()
+        answer: object = None
+        if command == "start":
+            answer = start(role, folder, port, argument)
+            running.add(answer)
+        elif command == "kill":
+            os.kill(int(argument), signal.SIGKILL)
+            answer = ended(int(argument), 0)
+        elif command == "ended":
+            answer = ended(int(argument), os.WNOHANG)
+        print(answer, flush=True)
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]).resolve(), int(sys.argv[3]))
