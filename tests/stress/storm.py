@@ -37,7 +37,7 @@ from fedsweep.worker.client import ManagerClient
 WORKERS = 8
 MANAGER_SHARE, POINT_SHARE = 0.7, 0.3
 KILLED_UNTIL = 0.9  # of the rows are there
-ROOM, END = 16, float("inf")  # rows that may be written while one kill is awaited
+ROOM, END = 24, float("inf")  # rows that may be written while one kill is awaited
 DUE_S = 3.0  # within which an armed process comes to its point
 CALM_EVERY = 12  # kills; then leases have the time to end
 END_S, PARTING_S = 60.0, 3.0  # for the manager to end after the last kill, and for a worker after the manager
@@ -82,14 +82,19 @@ def plan_of(kills: int, dice: random.Random) -> list[Kill]:
     managers = round(MANAGER_SHARE * kills)
     at_points = round(POINT_SHARE * managers)
     early = [Kill("manager", point, is_early=True) for point in _cycle(REPAIR_POINTS, at_points // 3, dice)]
-    units = [[Kill("manager"), each] for each in early]
-    units += [[Kill("manager", point)] for point in _cycle(MANAGER_POINTS, at_points - len(early), dice)]
-    units += [[Kill("manager")] for _ in range(managers - sum(map(len, units)))]
-    at_points = round(POINT_SHARE * (kills - managers))
-    units += [[Kill("worker", point)] for point in _cycle(WORKER_POINTS, at_points, dice)]
-    units += [[Kill("worker")] for _ in range(kills - managers - at_points)]
-    dice.shuffle(units)
-    return [kill for unit in units for kill in unit]
+    plan = [Kill("manager", point) for point in _cycle(MANAGER_POINTS, at_points - len(early), dice)]
+    plan += [Kill("manager")] * (managers - at_points - len(early))
+    workers = kills - managers
+    at_points = min(workers, max(round(POINT_SHARE * workers), len(WORKER_POINTS)))
+    plan += [Kill("worker", point) for point in _cycle(WORKER_POINTS, at_points, dice)]
+    plan += [Kill("worker")] * (workers - at_points)
+    dice.shuffle(plan)
+    for kill in early:  # not before there are rows to be torn, and after a kill that lets the manager start again
+        place = dice.randrange(len(plan) // 5, len(plan) + 1)
+        while 0 < place < len(plan) and plan[place].is_early:
+            place += 1
+        plan[place:place] = [Kill("manager"), kill]
+    return plan
 
 
 def _cycle(points: Sequence[str], count: int, dice: random.Random) -> list[str]:
@@ -167,6 +172,7 @@ class Storm:
     hits: Counter[str] = field(default_factory=Counter)
     killed_at: list[tuple[float, str]] = field(default_factory=list)  # when, and whom
     wrong: list[str] = field(default_factory=list)
+    _missed: dict[str, list[Kill]] = field(default_factory=lambda: {"manager": [], "worker": []})
 
     def run(self) -> dict[str, Any]:
         """Run it to the end; its figures, and what is wrong."""
@@ -200,7 +206,7 @@ class Storm:
                 while self._steer(target) and time.monotonic() < deadline:
                     time.sleep(0.005)
                 time.sleep(self.dice.choice([0.0, 0.0, 0.01, 0.03, 0.1]))
-            self._carry_out(kill)
+            self._carry_out(kill, plan[number + 1] if number + 1 < len(plan) else None)
             if number % CALM_EVERY == CALM_EVERY - 1:
                 self._be_calm()
             self._look_in()
@@ -215,18 +221,19 @@ class Storm:
             gate.unlink(missing_ok=True)
         return is_short
 
-    def _carry_out(self, kill: Kill) -> None:
+    def _carry_out(self, kill: Kill, following: Kill | None) -> None:
+        """Carry out a kill, and start its victim again. A point that was missed is the next one's of that victim."""
+        if kill.point is None and self._missed[kill.victim] and not (following and following.is_early):
+            kill = self._missed[kill.victim].pop(0)
         if kill.victim == "worker":
             index = self.dice.randrange(WORKERS)
             self._end(kill, self.workers, *self.working[index])
             self.working[index] = self.workers.start()
             return
-        if kill.is_early:
-            self.managers.kill(self.manager[1])
-            self._tear_a_file()
-            self._arm(self.managers.next_name, str(kill.point), 1)
-            self.manager = self.managers.start()
         self._end(kill, self.managers, *self.manager)
+        if following and following.is_early:
+            self._tear_a_file()
+            self._arm(self.managers.next_name, str(following.point), 1)
         self.manager = self.managers.start()
 
     def _end(self, kill: Kill, processes: Processes, name: str, pid: int) -> None:
@@ -234,7 +241,7 @@ class Storm:
         status = None
         if kill.point is not None:
             if not kill.is_early:
-                self._arm(name, kill.point, self.dice.choice([1, 1, 2, 3]))
+                self._arm(name, kill.point, 1 if kill.victim == "worker" else self.dice.choice([1, 1, 2, 3]))
             status = self._status_within(processes, pid, DUE_S, self._rows() + ROOM)
         if status is None:
             processes.kill(pid)
@@ -243,7 +250,9 @@ class Storm:
         at_point = status == -signal.SIGKILL
         self.hits[f"{kill.victim} killed"] += 1
         self.hits[f"{kill.victim} killed {kill.point if at_point else 'at any moment'}"] += 1
-        self.hits["points that were missed"] += kill.point is not None and not at_point
+        if kill.point is not None and not at_point:
+            self.hits["points that were missed"] += 1
+            self._missed[kill.victim] += [] if kill.is_early else [kill]
         self.killed_at.append((time.monotonic(), name))
 
     def _arm(self, name: str, point: str, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -20,4 +21,6 @@ def test_a_plan_has_its_shares_and_differs_from_seed_to_seed():
     plan = plan_of(500, random.Random(1))
     assert Counter(kill.victim for kill in plan) == {"manager": 350, "worker": 150}
     assert sum(kill.point is not None for kill in plan) == 150
+    for before, kill in itertools.pairwise(plan):
+        assert not kill.is_early or (before.victim == "manager" and not before.is_early)
     assert plan == plan_of(500, random.Random(1)) != plan_of(500, random.Random(2))
