@@ -418,7 +418,7 @@ def _main() -> Iterator[bool]:
     parser.add_argument("--kills", type=int, default=500)
     chosen = parser.parse_args()
     for seed in chosen.seeds:
-        with tempfile.TemporaryDirectory(prefix="storm-", delete=True) as folder:
+        with tempfile.TemporaryDirectory(prefix="storm-") as folder:
             figures = run_storm(Path(folder), seed, chosen.tasks, chosen.kills)
             print("figures:", json.dumps(figures), flush=True)
             yield not figures["wrong"] and not figures["never hit"]
