@@ -35,7 +35,7 @@ PARTS = (
     Part(
         "storm",
         "tests/stress/storm.py",
-        ("tests/stress/storm.py", "--seeds", "1", "--tasks", "2000", "--kills", "500"),
+        ("tests/stress/storm.py", "--seeds", "1-5", "--tasks", "400", "--kills", "100"),
         minutes=10,
     ),
     _tests("every crash point", "tests/manager/test_crashes.py"),
