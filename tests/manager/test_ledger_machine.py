@@ -1,6 +1,6 @@
 """The ledger against a model of thirty lines: any order of hand-outs, messages, late messages, silence and restarts.
 
-`FEDSWEEP_EXAMPLES` says how many orders are tried (60).
+`FEDSWEEP_EXAMPLES` says how many orders are tried (150).
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ class HeldClock(Clock):
 
 
 LedgerMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("FEDSWEEP_EXAMPLES", "60")),
+    max_examples=int(os.environ.get("FEDSWEEP_EXAMPLES", "150")),
     stateful_step_count=40,
     deadline=None,
     derandomize="FEDSWEEP_EXAMPLES" not in os.environ,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def lose_power(folder: Path, first: int, last: int, forgotten: str | None = None
     return report
 
 
-@pytest.mark.parametrize("first", [0, 250])
+@pytest.mark.parametrize("first", range(0, int(os.environ.get("FEDSWEEP_EXAMPLES", "500")), 250))
 def test_nothing_that_was_promised_is_lost(tmp_path: Path, first: int) -> None:
     report = lose_power(tmp_path, first, first + 250)
     assert report["problems"] == []

@@ -92,7 +92,7 @@ MUTANTS = (
                 '"VALUES (?, ?, ?, ?, ?, ?, ?, ?)"',
             ),
         ),
-        ("tests/manager/test_ledger_machine.py",),
+        ("tests/manager/test_ledger.py", "-k", "the_file_itself_allows_one_result"),
     ),
     Mutant(
         "wall clock",
@@ -102,7 +102,7 @@ MUTANTS = (
     Mutant(
         "loss counted as failure",
         (Edit(LEDGER, "            losses=losses,\n", "            losses=losses,\n            failures=losses,\n"),),
-        ("tests/manager/test_ledger_machine.py",),
+        ("tests/manager/test_ledger.py", "-k", "five_losses_then_failed"),
     ),
     Mutant(
         "lease not renewed after restart",
@@ -113,7 +113,7 @@ MUTANTS = (
                 "        self._lease_ends: dict[int, float] = {}\n",
             ),
         ),
-        ("tests/manager/test_ledger_machine.py",),
+        ("tests/manager/test_ledger.py", "-k", "renewed_in_full_by_a_restart"),
     ),
     Mutant(
         "shutdown before the last fsync",

@@ -1,6 +1,6 @@
 """A sweep of many tiny tasks while its manager and its workers are killed, again and again, and how it ended.
 
-Run as a script for the long form: `python tests/stress/storm.py --seeds 1-1 --tasks 2000 --kills 500`. The processes
+Run as a script for the long form: `python tests/stress/storm.py --seeds 1-5`. The processes
 are real ones, with the real code; see `zygote` for what is not. Which kills, of whom, at which points and in which
 order follows from the seed; the moment of each does not.
 """
@@ -413,12 +413,12 @@ def _seeds(text: str) -> list[int]:
 
 def _main() -> Iterator[bool]:
     parser = argparse.ArgumentParser(description="Storms of SIGKILLs over sweeps of tiny tasks.")
-    parser.add_argument("--seeds", type=_seeds, default=[1], help="as in 1-5")
-    parser.add_argument("--tasks", type=int, default=2000)
-    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--seeds", type=_seeds, default=_seeds("1-5"), help="as in 1-5")
+    parser.add_argument("--tasks", type=int, default=400, help="of each storm")
+    parser.add_argument("--kills", type=int, default=100, help="in each storm")
     chosen = parser.parse_args()
     for seed in chosen.seeds:
-        with tempfile.TemporaryDirectory(prefix="storm-", delete=True) as folder:
+        with tempfile.TemporaryDirectory(prefix="storm-") as folder:
             figures = run_storm(Path(folder), seed, chosen.tasks, chosen.kills)
             print("figures:", json.dumps(figures), flush=True)
             yield not figures["wrong"] and not figures["never hit"]

@@ -33,6 +33,8 @@ def start(role: str, folder: Path, port: int, name: str) -> int:
     status = 70
     try:
         os.setpgid(0, 0)
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(kind, signal.default_int_handler if kind == signal.SIGINT else signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         log_file = os.open(folder / f"{role}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(log_file, 1)
@@ -82,6 +84,8 @@ def import_everything(role: str) -> None:
 
 def main(role: str, folder: Path, port: int) -> NoReturn:
     """Obey until standard input ends."""
+    for kind in (signal.SIGTERM, signal.SIGINT):  # whoever stops the storm ends our input, too
+        signal.signal(kind, signal.SIG_IGN)
     import_everything(role)
     running: set[int] = set()
 
