@@ -998,9 +998,9 @@ void fedsweep_pack(const Shape* shape, const S* const* weights, S* packed) {
 }
 
 // The training of some clients in a round, one after another, for the lanes of a tile: from the packed global weights
-// to each client's own, for which `out` has T places a client, as has `finite`. An order has `epochs` times as many places as samples.
+// to each client's own, for which `out` has T places a client, as has `finite`. An order has as many places as samples, `epochs` times.
 void fedsweep_train(const Shape* shape, const uint8_t* images, const S* table, int64_t clients,
-                    const int64_t* const* orders, int64_t epochs, const int64_t* samples,
+                    const int64_t* const* orders, const int64_t* epochs, const int64_t* samples,
                     const int64_t* const* labels, const S* packed, S* const* out, uint8_t* finite,
                     const S* const* settings, char* workspace) {
   Tile tile(*shape, workspace, true);
@@ -1008,7 +1008,7 @@ void fedsweep_train(const Shape* shape, const uint8_t* images, const S* table, i
     tile.begin(packed);
     const int64_t in_epoch = samples[c] / shape->batch + (samples[c] % shape->batch > 1);
     int64_t done = 0;
-    for (int64_t epoch = 0; epoch < epochs; ++epoch)
+    for (int64_t epoch = 0; epoch < epochs[c]; ++epoch)
       for (int64_t first = 0; first < samples[c]; first += shape->batch) {
         const int rows = int(std::min<int64_t>(shape->batch, samples[c] - first));
         if (rows == 1) continue;  // batch norm has no variance there
@@ -1017,7 +1017,7 @@ void fedsweep_train(const Shape* shape, const uint8_t* images, const S* table, i
         tile.forward(rows, true);
         tile.loss_gradient(labels, batch, rows);
         tile.backward(rows);
-        tile.step(settings, done == 0, done + 1 == epochs * in_epoch);
+        tile.step(settings, done == 0, done + 1 == epochs[c] * in_epoch);
         ++done;
       }
     tile.unpack(out + c * tile.T, finite + c * tile.T);

@@ -136,6 +136,7 @@ class NativeTrainer:
         def job(lanes: tuple[int, ...], size: int, clients: Sequence[_Client]) -> Callable[[], None]:
             own = tile(lanes, size)
             orders = [np.ascontiguousarray(client.work.order) for client in clients]
+            epochs = np.array([client.work.epochs for client in clients], dtype=np.int64)
             samples = np.array([client.work.samples for client in clients], dtype=np.int64)
             found = np.empty((len(clients), size), dtype=np.uint8)
             places = []
@@ -150,7 +151,7 @@ class NativeTrainer:
                     _at(table),
                     ctypes.c_int64(len(clients)),
                     _pointers([order.ctypes.data for order in orders]),
-                    ctypes.c_int64(self.example.local_epochs),
+                    ctypes.c_void_p(epochs.ctypes.data),
                     ctypes.c_void_p(samples.ctypes.data),
                     own.labels,
                     _at(own.packed),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from fedsweep.fl.aggregate import AGGREGATORS
 from fedsweep.fl.data import ImageData
 from fedsweep.fl.engine import Cohort
-from fedsweep.fl.lanes import ModelShape
+from fedsweep.fl.lanes import ClientWork, LaneInputs, ModelShape
 from fedsweep.fl.loop import LoopTrainer
 from fedsweep.fl.native import NativeTrainer, lane_counts, tiles
+from fedsweep.fl.reference import initial_model
 from fedsweep.plan.experiment import Experiment
 
 Kernels = Callable[[torch.dtype], ctypes.CDLL]
@@ -98,6 +100,21 @@ def test_neither_tiles_nor_threads_change_a_bit(edge: dict[str, object], digits:
         for threads in (1, 3)
     ]
     assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_each_work_says_how_many_epochs_it_has(digits: ImageData, kernels: Kernels) -> None:
+    """A piece of a round that is timed may have fewer than the experiment."""
+    experiment = Experiment(model_type="lr", local_epochs=5)
+    row = initial_model(experiment, digits).state_dict()
+    weights = ModelShape.of(experiment, digits).layout.flatten(row)[None]
+    one = torch.ones(1, dtype=torch.float64)
+    inputs = LaneInputs(weights, digits.train_labels[None], 0.01 * one, 0.9 * one, 0 * one, one)
+    orders = [np.arange(epochs * samples).reshape(epochs, samples) for epochs, samples in ((1, 40), (3, 70), (2, 33))]
+    works = [ClientWork.of((0,), (slot,), order) for slot, order in enumerate(orders)]
+    expected = LoopTrainer(experiment, digits).train(inputs, works, 3)
+    found = NativeTrainer(experiment, digits, kernels(torch.float32)).train(inputs, works, 3)
+    assert found.finite.all()
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-3, atol=1e-4)
 
 
 def test_a_batch_of_one_is_no_step(random_data: Callable[..., ImageData], kernels: Kernels) -> None:
