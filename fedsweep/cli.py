@@ -280,7 +280,7 @@ def failures(
     from fedsweep.control import ask_failures, show_failures
 
     option = _state_option(manager, join, token_file, state_dir)
-    found = ask_failures(_sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext), option)
+    found = ask_failures(_sweep(state_dir, manager, join, token_file, insecure_plaintext), option)
     show_failures(found, as_json=as_json, state_option=option)
 
 
@@ -310,7 +310,7 @@ def repeat(
     """
     if engine not in (None, "batched", "reference"):
         raise UsageError(f"--engine {engine}: expected batched or reference")
-    sweep = _sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext)
+    sweep = _sweep(state_dir, manager, join, token_file, insecure_plaintext)
     found = sweep.ask({"type": "show_task", "task_id": task})["task"]
     from fedsweep.repeat import repeat as run_again
 
@@ -340,7 +340,7 @@ def retry(
     """
     from fedsweep.control import retry as retry_tasks
 
-    print(retry_tasks(_sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext), names or ()))
+    print(retry_tasks(_sweep(state_dir, manager, join, token_file, insecure_plaintext), names or ()))
 
 
 @app.command()
@@ -359,7 +359,7 @@ def cancel(
     """
     from fedsweep.control import cancel as cancel_tasks
 
-    print(cancel_tasks(_sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext), names))
+    print(cancel_tasks(_sweep(state_dir, manager, join, token_file, insecure_plaintext), names))
 
 
 @app.command()
@@ -376,7 +376,7 @@ def drain(
     """
     from fedsweep.control import end
 
-    print(end(_sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext), "drain"))
+    print(end(_sweep(state_dir, manager, join, token_file, insecure_plaintext), "drain"))
 
 
 @app.command()
@@ -394,7 +394,7 @@ def stop(
     """
     from fedsweep.control import end
 
-    print(end(_sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext), "stop"))
+    print(end(_sweep(state_dir, manager, join, token_file, insecure_plaintext), "stop"))
 
 
 @app.command()
@@ -445,10 +445,12 @@ def _one_address(manager: str | None, join: str | None) -> str | None:
     return None if manager is None else str(parse_address(manager))
 
 
-def _sweep(state_dir: Path, manager: str | None, token_file: Path | None, insecure_plaintext: bool) -> Sweep:
+def _sweep(
+    state_dir: Path, manager: str | None, join: str | None, token_file: Path | None, insecure_plaintext: bool
+) -> Sweep:
     from fedsweep.control import Sweep
 
-    return Sweep(state_dir, manager, token_file, insecure_plaintext=insecure_plaintext)
+    return Sweep(state_dir, _one_address(manager, join), token_file, insecure_plaintext=insecure_plaintext)
 
 
 def _state_option(manager: str | None, join: str | None, token_file: Path | None, state_dir: Path) -> str:

@@ -1,4 +1,4 @@
-"""Making folders and names in them survive a power loss."""
+"""Making files, folders and names survive a power loss."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make what was made, renamed or removed in this folder survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make what a file holds survive a power loss; of a folder, what was made, renamed or removed in it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -25,4 +25,4 @@ def make_folder(folder: Path) -> None:
         return
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    fsync_folder(folder.parent)
+    fsync(folder.parent)

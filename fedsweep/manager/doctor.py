@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsweep.errors import StateError
-from fedsweep.files import fsync_folder
+from fedsweep.files import fsync
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.columns import FILE_NAME
 from fedsweep.manager.invariants import RESTORE, Violation, check, reading
@@ -131,7 +131,7 @@ def _back_up(path: Path, *suffixes: str) -> str:
                 shutil.copyfileobj(source, target)
                 target.flush()
                 os.fsync(target.fileno())
-    fsync_folder(path.parent)
+    fsync(path.parent)
     return backup
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsweep.files import fsync_folder
+from fedsweep.files import fsync
 from fedsweep.manager.records import History
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def write_history(output_dir: str | Path, next_page: NextPage) -> bool:
     with fresh.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(fresh, path)
-    fsync_folder(path.parent)
+    fsync(path.parent)
     return True
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fedsweep.files import fsync_folder, make_folder
+from fedsweep.files import fsync, make_folder
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.columns import FILE_NAME, format_row, line
 from fedsweep.manager.ledger import Ledger
@@ -82,8 +82,8 @@ class Projection:
         while self._unsynced:
             path = self._unsynced.pop()
             try:
-                _fsync(path)
-                fsync_folder(path.parent)
+                fsync(path)
+                fsync(path.parent)
             except OSError as error:
                 self._lag(str(path.parent), error)
 
@@ -256,7 +256,7 @@ def _replace(path: Path, fresh: Path, stamp: Stamp | None) -> None:
     finally:
         if old is not None:
             os.close(old)
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def _refuse_change(path: Path, stamp: Stamp | None) -> None:
@@ -290,11 +290,3 @@ def _stamp(path: Path) -> Stamp | None:
 
 def _stamp_of(status: os.stat_result) -> Stamp:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsweep.errors import DataError
-from fedsweep.files import fsync_folder
+from fedsweep.files import fsync
 from fedsweep.manager.adoption import INTEGER_FIELDS, NUMBER_FIELDS, TEXT_FIELDS, match, read_result
 from fedsweep.manager.columns import FILE_NAME, RESULT_COLUMNS, unguard
 from fedsweep.manager.csv_lines import read_header, read_row, split
@@ -83,7 +83,7 @@ def write_summary(folder: str | Path) -> Path:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(fresh, path)
-    fsync_folder(path.parent)
+    fsync(path.parent)
     return path
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedsweep.errors import StateError
-from fedsweep.files import fsync_folder, make_folder
+from fedsweep.files import fsync, make_folder
 from fedsweep.plan.cohort import cohort_key, expected_cost, sharing_key
 from fedsweep.plan.experiment import Experiment, RunOptions
 
@@ -274,7 +274,7 @@ def _create(path: Path) -> None:
     finally:
         connection.close()
     os.replace(unfinished, path)
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def _remove_unfinished(path: Path) -> None:

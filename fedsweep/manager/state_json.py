@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedsweep.errors import ConfigError, Problem, StateError
-from fedsweep.files import fsync_folder
+from fedsweep.files import fsync
 from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.protocol import ResultData
 from fedsweep.manager.records import Task
@@ -92,7 +92,7 @@ def write_state(path: Path, view: LedgerView, now: datetime) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(fresh, path)
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def _task_json(view: LedgerView, task: Task) -> dict[str, Any]:

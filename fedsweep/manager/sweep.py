@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fedsweep.files import fsync_folder
+from fedsweep.files import fsync
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.decisions import select
 from fedsweep.manager.failures import Failure, SetAside
@@ -71,7 +71,7 @@ class OpenSweep:
         try:
             self.ledger = Ledger(state_dir / LEDGER_FILE, clock)
             self.token = ensure_token(state_dir / TOKEN_FILE)
-            fsync_folder(state_dir)  # workers elsewhere have this token
+            fsync(state_dir)  # workers elsewhere have this token
         except BaseException:
             self._held.release()
             raise

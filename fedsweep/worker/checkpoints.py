@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsweep import __version__
-from fedsweep.files import fsync_folder, make_folder
+from fedsweep.files import fsync, make_folder
 from fedsweep.worker import kernels
 from fedsweep.worker.device import device_name
 
@@ -84,7 +84,7 @@ class Checkpoints:
                 stream.flush()
                 os.fsync(descriptor)
             os.replace(temporary, path)
-            fsync_folder(path.parent)
+            fsync(path.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise

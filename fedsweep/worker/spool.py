@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsweep.errors import ProtocolError
-from fedsweep.files import fsync_folder, make_folder
+from fedsweep.files import fsync, make_folder
 from fedsweep.manager.protocol import decode
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def put(folder: Path, task_id: str, attempt: int | None, result_data: Mapping[st
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    fsync_folder(folder)
+    fsync(folder)
     return Undelivered(path, task_id, attempt, dict(result_data))
 
 
