@@ -21,6 +21,7 @@ from histories import Exchange
 from fedsweep.manager.columns import RESULT_COLUMNS
 
 MAX_FAILURES, MAX_LOSSES = 4, 5
+END = float("inf")
 PROOF_COLUMNS = ("mean_test_acc", "num_parameters", "plan", "worker")  # of a row, that must be those of the result
 
 
@@ -126,11 +127,13 @@ def one_result(history: Sequence[Exchange], ledger: Ledger) -> Iterator[str]:
     for task_id, count in accepted.items():
         if count > 1:
             yield f"I1: {count} results of {task_id} were accepted"
-    first_sent: dict[str, float] = {}
+    taken: dict[str, list[float]] = defaultdict(list)  # task -> when those were sent that may be its result
     for each in of_type(history, "submit_result"):
-        first_sent.setdefault(each.request["task_id"], each.sent)
-        if is_ack(each, "duplicate") and first_sent[each.request["task_id"]] >= each.sent:
-            yield f"I1: {each.request['task_id']}: the first result that was ever sent is called a duplicate"
+        if each.answer is None or is_ack(each, "accepted"):
+            taken[each.request["task_id"]].append(each.sent)
+    for each in of_type(history, "submit_result"):
+        if is_ack(each, "duplicate") and not any(sent < (each.heard or END) for sent in taken[each.request["task_id"]]):
+            yield f"I1: {each.request['task_id']}: a result is called a duplicate before another was sent"
 
 
 def acknowledged_is_kept(history: Sequence[Exchange], ledger: Ledger) -> Iterator[str]:

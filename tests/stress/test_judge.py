@@ -127,6 +127,11 @@ def test_what_a_killed_client_or_manager_leaves_unheard_is_no_breach():
     assert problems([*GOOD, *unheard], ledger, FILES) == []
 
 
+def test_a_result_may_be_overtaken_by_another_that_was_sent_later():
+    stopped = replace(submit(19.2, "c", 4, "C late"), heard=22.9, answer={"type": "ack", "status": "duplicate"})
+    assert problems(sorted([*GOOD, stopped], key=lambda each: each.sent), LEDGER, FILES) == []
+
+
 def test_refusals_are_no_acknowledgements():
     refused = replace(submit(1.5, "a", 1, "other"), answer={"type": "error", "code": "retry_later", "message": ""})
     assert refused.is_refused
