@@ -111,6 +111,10 @@ inline void transpose(vec* rows) {
 
 // ---- columns and parameters
 
+constexpr int WINOGRAD_WIDTH = 32;  // channels from which on the transforms cost less than they save
+constexpr int POINTS = 16;          // numbers of a transformed tile
+constexpr int MOST_TILES = 64;      // at once, so that they stay in the second cache
+
 struct Columns {
   int real = 0, nv = 1, blocks = 1;  // columns in use; vectors a block; blocks
   int cb() const { return nv * VL; }
@@ -144,6 +148,14 @@ struct Layer {
   std::size_t mean = 0, var = 0;                     // places in the running statistics
   int side = 1, out_side = 1;                        // of a convolution, before and after pooling
   bool pools = false;
+  bool by_points = false;  // whether its convolution is one of transformed tiles
+
+  // Pixels in a line of its padded input: a border of zeros all around, and an even number.
+  int padded() const { return side + 2 + side % 2; }
+  int tiles_in_line() const { return (side + 1) / 2; }
+  int lines_at_once() const {  // of tiles
+    return std::min(tiles_in_line(), std::max(1, MOST_TILES / tiles_in_line()));
+  }
 };
 
 // ---- kernels: P numbers repeat, NV vectors wide, R rows at once
@@ -171,8 +183,10 @@ void gemm_rows(Operand x, const S* w, int k, const S* bias, S* out, std::ptrdiff
 }
 
 template <int P, int NV, int R>
-void wgrad_rows(const S* x, std::ptrdiff_t ld, const S* dz, int rows, S* dw) {
-  vec sum[R][NV] = {};
+void wgrad_rows(const S* x, std::ptrdiff_t ld, const S* dz, int rows, S* dw, bool adds) {
+  vec sum[R][NV];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) sum[r][v] = adds ? load(dw + (r * NV + v) * VL) : vec{};
   for (int b = 0; b < rows; ++b, x += ld, dz += NV * VL) {
     vec d[NV];
     for (int v = 0; v < NV; ++v) d[v] = load(dz + v * VL);
@@ -242,6 +256,49 @@ void conv_wgrad_lines(const S* x, std::ptrdiff_t pixel, std::ptrdiff_t line, con
         }
 }
 
+// ---- 3x3 convolutions of 2x2 pixels at once with 16 products in place of 36: F(2x2, 3x3) of Lavin & Gray (2016),
+// "Fast algorithms for convolutional neural networks". Each transform is done first to the columns, then to the rows.
+
+template <int From, int To, class F>
+inline void both_ways(const vec* in, vec* out, F transform) {
+  vec half[To * From];
+  for (int c = 0; c < From; ++c) transform(in + c, From, half + c, From);
+  for (int r = 0; r < To; ++r) transform(half + r * From, 1, out + r * To, 1);
+}
+
+// 4x4 pixels to points; `a` and `b` are the distances between numbers.
+inline void pixels_to_points(const vec* in, vec* out) {
+  both_ways<4, 4>(in, out, [](const vec* d, int a, vec* to, int b) {
+    to[0] = d[0] - d[2 * a], to[b] = d[a] + d[2 * a], to[2 * b] = d[2 * a] - d[a], to[3 * b] = d[a] - d[3 * a];
+  });
+}
+
+inline void points_to_pixels(const vec* in, vec* out) {  // 2x2
+  both_ways<4, 2>(in, out, [](const vec* m, int a, vec* to, int b) {
+    to[0] = m[0] + m[a] + m[2 * a], to[b] = m[a] - m[2 * a] - m[3 * a];
+  });
+}
+
+inline void weights_to_points(const vec* in, vec* out) {  // 3x3
+  both_ways<3, 4>(in, out, [](const vec* g, int a, vec* to, int b) {
+    const vec outer = (g[0] + g[2 * a]) * S(0.5), middle = g[a] * S(0.5);
+    to[0] = g[0], to[b] = outer + middle, to[2 * b] = outer - middle, to[3 * b] = g[2 * a];
+  });
+}
+
+inline void gradient_to_points(const vec* in, vec* out) {  // that of 2x2 pixels
+  both_ways<2, 4>(in, out, [](const vec* d, int a, vec* to, int b) {
+    to[0] = d[0], to[b] = d[0] + d[a], to[2 * b] = d[0] - d[a], to[3 * b] = -d[a];
+  });
+}
+
+inline void points_to_weights(const vec* in, vec* out) {  // the gradient of 3x3 weights
+  both_ways<4, 3>(in, out, [](const vec* x, int a, vec* to, int b) {
+    const vec sum = (x[a] + x[2 * a]) * S(0.5);
+    to[0] = x[0] + sum, to[b] = (x[a] - x[2 * a]) * S(0.5), to[2 * b] = sum + x[3 * a];
+  });
+}
+
 // ---- the same for any number of rows: as many at once as the registers hold, then fewer
 
 template <int P, int NV, int R, int... Fewer>
@@ -251,10 +308,10 @@ struct Rows {
     if constexpr (sizeof...(Fewer) > 0)
       if (rows) Rows<P, NV, Fewer...>::gemm(x, w, k, bias, out, ldo, rows);
   }
-  static void wgrad(const S* x, std::ptrdiff_t ld, const S* dz, int rows, S* dw, int k) {
-    for (; k >= R; k -= R, x += R * P, dw += R * NV * VL) wgrad_rows<P, NV, R>(x, ld, dz, rows, dw);
+  static void wgrad(const S* x, std::ptrdiff_t ld, const S* dz, int rows, S* dw, int k, bool adds) {
+    for (; k >= R; k -= R, x += R * P, dw += R * NV * VL) wgrad_rows<P, NV, R>(x, ld, dz, rows, dw, adds);
     if constexpr (sizeof...(Fewer) > 0)
-      if (k) Rows<P, NV, Fewer...>::wgrad(x, ld, dz, rows, dw, k);
+      if (k) Rows<P, NV, Fewer...>::wgrad(x, ld, dz, rows, dw, k, adds);
   }
   static void conv(const S* x, std::ptrdiff_t pixel, std::ptrdiff_t line, const S* w, int channels, const S* bias,
                    S* out, int pixels) {
@@ -286,7 +343,7 @@ void conv_wgrad(const S* x, std::ptrdiff_t pixel, std::ptrdiff_t line, const S* 
 
 struct Kernels {
   void (*gemm)(Operand, const S*, int, const S*, S*, std::ptrdiff_t, int);
-  void (*wgrad)(const S*, std::ptrdiff_t, const S*, int, S*, int);
+  void (*wgrad)(const S*, std::ptrdiff_t, const S*, int, S*, int, bool);
   void (*conv)(const S*, std::ptrdiff_t, std::ptrdiff_t, const S*, int, const S*, S*, int);
   void (*conv_wgrad)(const S*, std::ptrdiff_t, std::ptrdiff_t, const S*, std::ptrdiff_t, int, int, S*, int);
 };
@@ -341,6 +398,7 @@ struct Tile {
   std::size_t num_params = 0, num_stats = 0;
   const S* w;  // the weights now: packed global ones, then `trained`
   S *trained, *v, *g, *stats, *x, *logits, *wide_in, *wide_grad, *turned, *pad_in, *pad_dz;
+  S *weight_points, *grad_points, *in_points, *out_points;  // of transformed tiles: point by point
   std::vector<S*> z, a, mean, inv, scale, shift;
   S *da[2], *sums;
   int image_size;
@@ -356,7 +414,7 @@ struct Tile {
     const std::size_t B = s.batch;
     x = arena.take(B * image_size);
     logits = arena.take(B * last.c.padded());
-    std::size_t largest_pad = 0, largest_turned = 0, largest_da = 1;
+    std::size_t largest_pad = 0, largest_turned = 0, largest_da = 1, largest_group = 0, largest_points = 0;
     for (Layer& layer : hidden) {
       const std::size_t pixels = s.is_cnn ? layer.side * layer.side : 1;
       const std::size_t columns = layer.c.padded();
@@ -368,7 +426,12 @@ struct Tile {
       shift.push_back(arena.take(columns));
       const std::size_t out_pixels = s.is_cnn ? layer.out_side * layer.out_side : 1;
       largest_da = std::max(largest_da, B * out_pixels * columns);
-      largest_pad = std::max(largest_pad, std::size_t((layer.side + 2) * (layer.side + 2)) * columns);
+      largest_pad = std::max(largest_pad, std::size_t(layer.padded() * layer.padded()) * columns);
+      if (layer.by_points) {
+        const std::size_t tiles = layer.lines_at_once() * layer.tiles_in_line();
+        largest_group = std::max(largest_group, POINTS * tiles * columns);
+        largest_points = POINTS * std::size_t(s.width) * columns;
+      }
       largest_turned = std::max(largest_turned, std::size_t(layer.units) * (s.is_cnn ? 9 : 1) * columns);
     }
     if (!hidden.empty()) {
@@ -377,12 +440,17 @@ struct Tile {
       wide_in = s.is_cnn ? arena.take(B * last.k * T) : nullptr;
       wide_grad = s.is_cnn && trains ? arena.take(B * c.padded()) : nullptr;
       largest_turned = std::max(largest_turned, std::size_t(last.units) * (s.is_cnn ? c.padded() : top.c.padded()));
-      pad_in = arena.take(std::max(largest_pad, std::size_t((s.side + 2) * (s.side + 2) * s.channels)));
+      const int padded = hidden.front().padded();
+      pad_in = arena.take(std::max(largest_pad, std::size_t(padded * padded * s.channels)));
       pad_dz = trains ? arena.take(largest_pad) : nullptr;
       turned = trains ? arena.take(largest_turned) : nullptr;
       da[0] = trains ? arena.take(largest_da) : nullptr;
       da[1] = trains ? arena.take(largest_da) : nullptr;
       sums = arena.take(2 * top.c.padded());
+      weight_points = arena.take(largest_points);
+      grad_points = trains ? arena.take(largest_points) : nullptr;
+      in_points = arena.take(largest_group);
+      out_points = arena.take(largest_group);
     }
     bytes = arena.used;
   }
@@ -414,6 +482,7 @@ struct Tile {
       place(layer, s.is_cnn ? 9 * inputs : inputs, s.width, true);
       layer.side = side;
       layer.pools = s.is_cnn && i % 2 == 1 && side > 1;
+      layer.by_points = s.is_cnn && i > 0 && s.width >= WINOGRAD_WIDTH;
       if (layer.pools) side /= 2;
       layer.out_side = side;
       hidden.push_back(layer);
@@ -591,16 +660,17 @@ struct Tile {
     }
   }
 
-  void clear_border(S* pad, int side, int cb) const {
-    std::fill(pad, pad + std::size_t(side + 2) * (side + 2) * cb, S(0));
+  void clear_border(S* pad, const Layer& layer, int cb) const {
+    std::fill(pad, pad + std::size_t(layer.padded()) * layer.padded() * cb, S(0));
   }
 
   void pad_image(int b) const {  // the image itself, channels last
+    const int line = hidden.front().padded();
     for (int c = 0; c < s.channels; ++c) {
       const S* from = x + std::size_t(b) * image_size + c * s.side * s.side;
       for (int h = 0; h < s.side; ++h)
         for (int i = 0; i < s.side; ++i)
-          pad_in[((h + 1) * (s.side + 2) + i + 1) * s.channels + c] = from[h * s.side + i];
+          pad_in[((h + 1) * line + i + 1) * s.channels + c] = from[h * s.side + i];
     }
   }
 
@@ -630,17 +700,122 @@ struct Tile {
   // The input of convolution i for image b, with a border of zeros, in pad_in.
   void input_image(int i, int b) const {
     if (i == 0) return pad_image(b);
-    const int cb = hidden[i].c.cb(), side = hidden[i].side;
-    activate(i - 1, b, pad_in + (side + 3) * cb, std::ptrdiff_t(side + 2) * cb);
+    const int cb = hidden[i].c.cb(), line = hidden[i].padded();
+    activate(i - 1, b, pad_in + (line + 1) * cb, std::ptrdiff_t(line) * cb);
   }
 
   void convolve(const S* pad, int p, int pixel, int channels, const Layer& layer, const S* weights, const S* bias,
                 S* out) const {
     const int side = layer.side, cb = layer.c.cb();
+    const std::ptrdiff_t line = std::ptrdiff_t(layer.padded()) * pixel;
     const auto conv = kernels(p, layer.c.nv).conv;
     for (int h = 0; h < side; ++h)
-      conv(pad + std::ptrdiff_t(h) * (side + 2) * pixel, pixel, std::ptrdiff_t(side + 2) * pixel, weights, channels,
-           bias, out + std::ptrdiff_t(h) * side * cb, side);
+      conv(pad + h * line, pixel, line, weights, channels, bias, out + std::ptrdiff_t(h) * side * cb, side);
+  }
+
+  // -- convolutions of transformed tiles; `points` numbers lie between a number's points
+
+  void turn_into_points(const Layer& layer, const S* weights) const {
+    const int cb = layer.c.cb();
+    const std::ptrdiff_t points = std::ptrdiff_t(s.width) * cb;
+    for (int u = 0; u < s.width; ++u)
+      for (int c = 0; c < cb; c += VL) {
+        vec own[9], at[POINTS];
+        for (int tap = 0; tap < 9; ++tap) own[tap] = load(weights + (u * 9 + tap) * cb + c);
+        weights_to_points(own, at);
+        for (int n = 0; n < POINTS; ++n) store(weight_points + n * points + u * cb + c, at[n]);
+      }
+  }
+
+  // Points of some lines of tiles, from `first` on: transform(the tile's upper left number, between pixels, between
+  // lines, its points) makes them.
+  template <class F>
+  void each_tile(const S* pad, const Layer& layer, int first, int lines, S* out, F transform) const {
+    const int cb = layer.c.cb(), across = layer.tiles_in_line();
+    const std::ptrdiff_t line = std::ptrdiff_t(layer.padded()) * cb, points = std::ptrdiff_t(lines) * across * cb;
+    for (int h = 0; h < lines; ++h)
+      for (int k = 0; k < across; ++k, out += cb)
+        for (int c = 0; c < cb; c += VL) {
+          vec to[POINTS];
+          transform(pad + 2 * (first + h) * line + 2 * k * cb + c, cb, line, to);
+          for (int n = 0; n < POINTS; ++n) store(out + n * points + c, to[n]);
+        }
+  }
+
+  void points_of_image(const S* pad, const Layer& layer, int first, int lines) const {
+    each_tile(pad, layer, first, lines, in_points, [](const S* at, int pixel, std::ptrdiff_t line, vec* to) {
+      vec own[16];
+      for (int n = 0; n < 16; ++n) own[n] = load(at + n / 4 * line + n % 4 * pixel);
+      pixels_to_points(own, to);
+    });
+  }
+
+  void points_of_gradient(const Layer& layer, int first, int lines) const {
+    each_tile(pad_dz, layer, first, lines, out_points, [](const S* at, int pixel, std::ptrdiff_t line, vec* to) {
+      at += line + pixel;  // within the border
+      const vec own[4] = {load(at), load(at + pixel), load(at + line), load(at + line + pixel)};
+      gradient_to_points(own, to);
+    });
+  }
+
+  void image_of_points(const Layer& layer, int first, int lines, const S* bias, S* out) const {
+    const int cb = layer.c.cb(), side = layer.side, across = layer.tiles_in_line();
+    const std::ptrdiff_t points = std::ptrdiff_t(lines) * across * cb;
+    const S* from = out_points;
+    for (int h = 2 * first; h < 2 * (first + lines); h += 2)
+      for (int k = 0; k < side; k += 2, from += cb)
+        for (int c = 0; c < cb; c += VL) {
+          vec own[POINTS], to[4];
+          for (int n = 0; n < POINTS; ++n) own[n] = load(from + n * points + c);
+          points_to_pixels(own, to);
+          const vec more = bias ? load(bias + c) : vec{};
+          for (int n = 0; n < 4; ++n)
+            if (h + n / 2 < side && k + n % 2 < side)
+              store(out + std::ptrdiff_t((h + n / 2) * side + k + n % 2) * cb + c, to[n] + more);
+        }
+  }
+
+  // A convolution with the weights in `weight_points`.
+  void convolve_by_points(const S* pad, const Layer& layer, const S* bias, S* out) const {
+    const int cb = layer.c.cb(), across = layer.tiles_in_line();
+    const std::ptrdiff_t weights = std::ptrdiff_t(s.width) * cb;
+    const auto gemm = kernels(T, layer.c.nv).gemm;
+    for (int h = 0; h < across; h += layer.lines_at_once()) {
+      const int lines = std::min(layer.lines_at_once(), across - h), tiles = lines * across;
+      const std::ptrdiff_t points = std::ptrdiff_t(tiles) * cb;
+      points_of_image(pad, layer, h, lines);
+      for (int n = 0; n < POINTS; ++n)
+        gemm({in_points + n * points, cb, 0, s.width}, weight_points + n * weights, s.width, nullptr,
+             out_points + n * points, cb, tiles);
+      image_of_points(layer, h, lines, bias, out);
+    }
+  }
+
+  // Adds the weight gradient of the image in pad_in and pad_dz to that in `grad_points`.
+  void add_grad_points(const Layer& layer) {
+    const int cb = layer.c.cb(), across = layer.tiles_in_line();
+    const std::ptrdiff_t weights = std::ptrdiff_t(s.width) * cb;
+    const auto wgrad = kernels(T, layer.c.nv).wgrad;
+    for (int h = 0; h < across; h += layer.lines_at_once()) {
+      const int lines = std::min(layer.lines_at_once(), across - h), tiles = lines * across;
+      const std::ptrdiff_t points = std::ptrdiff_t(tiles) * cb;
+      points_of_image(pad_in, layer, h, lines);
+      points_of_gradient(layer, h, lines);
+      for (int n = 0; n < POINTS; ++n)
+        wgrad(in_points + n * points, cb, out_points + n * points, tiles, grad_points + n * weights, s.width, true);
+    }
+  }
+
+  void turn_from_points(const Layer& layer) {
+    const int cb = layer.c.cb();
+    const std::ptrdiff_t points = std::ptrdiff_t(s.width) * cb;
+    for (int u = 0; u < s.width; ++u)
+      for (int c = 0; c < cb; c += VL) {
+        vec at[POINTS], own[9];
+        for (int n = 0; n < POINTS; ++n) at[n] = load(grad_points + n * points + u * cb + c);
+        points_to_weights(at, own);
+        for (int tap = 0; tap < 9; ++tap) store(g + layer.w + (u * 9 + tap) * cb + c, own[tap]);
+      }
   }
 
   void forward_cnn(int rows, bool trains) {
@@ -648,12 +823,14 @@ struct Tile {
       const Layer& layer = hidden[i];
       const int cb = layer.c.cb(), pixels = layer.side * layer.side;
       const int pixel = i == 0 ? s.channels : cb;
-      clear_border(pad_in, layer.side, pixel);
+      clear_border(pad_in, layer, pixel);
+      if (layer.by_points) turn_into_points(layer, w + layer.w);
       std::vector<vec> middle(layer.c.nv, vec{}), squares(layer.c.nv, vec{});
       for (int b = 0; b < rows; ++b) {
         input_image(i, b);
         S* out = z[i] + std::size_t(b) * pixels * cb;
-        convolve(pad_in, i == 0 ? 1 : T, pixel, layer.k / 9, layer, w + layer.w, w + layer.bias, out);
+        if (layer.by_points) convolve_by_points(pad_in, layer, w + layer.bias, out);
+        else convolve(pad_in, i == 0 ? 1 : T, pixel, layer.k / 9, layer, w + layer.w, w + layer.bias, out);
         if (trains) add_statistics(out, pixels, cb, b, middle, squares);
       }
       if (!trains) continue;
@@ -743,7 +920,7 @@ struct Tile {
       for (int k = 0, block = 0; k < layer.k; k += in.k_per_block, ++block)
         kernels(p, layer.c.nv)
             .wgrad(in.p + block * in.block_stride, in.ld, dz + std::size_t(j) * s.batch * cb, rows,
-                   g + layer.w + (std::size_t(j) * layer.k + k) * cb, std::min(in.k_per_block, layer.k - k));
+                   g + layer.w + (std::size_t(j) * layer.k + k) * cb, std::min(in.k_per_block, layer.k - k), false);
     column_sums(dz, rows, layer.c, g + layer.bias);
   }
 
@@ -886,27 +1063,39 @@ struct Tile {
   void conv_backward(int i, const S* grad, S* below, int rows) {
     const Layer& layer = hidden[i];
     const int cb = layer.c.cb(), side = layer.side, channels = layer.k / 9, pixel = i == 0 ? s.channels : cb;
-    const std::ptrdiff_t line = std::ptrdiff_t(side + 2) * pixel, dz_line = std::ptrdiff_t(side + 2) * cb;
+    const std::ptrdiff_t line = std::ptrdiff_t(layer.padded()) * pixel, dz_line = std::ptrdiff_t(layer.padded()) * cb;
     std::memcpy(g + layer.beta, sums, cb * sizeof(S));
     std::memcpy(g + layer.gamma, sums + cb, cb * sizeof(S));
     std::fill(g + layer.w, g + layer.w + std::size_t(layer.k) * cb, S(0));
     std::fill(g + layer.bias, g + layer.bias + cb, S(0));
     std::fill(sums, sums + 2 * cb, S(0));
-    clear_border(pad_in, side, pixel);
-    clear_border(pad_dz, side, cb);
+    clear_border(pad_in, layer, pixel);
+    clear_border(pad_dz, layer, cb);
     if (i > 0) turn_convolution(layer);
+    if (layer.by_points) {
+      turn_into_points(layer, turned);
+      std::fill(grad_points, grad_points + std::size_t(POINTS) * s.width * cb, S(0));
+    }
     const auto wgrad = kernels(i == 0 ? 1 : T, layer.c.nv).conv_wgrad;
     const int band = s.width >= 32 ? 2 : 4;  // lines at once, so that they stay in the first cache
     for (int b = 0; b < rows; ++b) {
       norm_backward_image(i, b, grad, S(rows) * side * side);
       input_image(i, b);
+      S* out = below + std::size_t(b) * side * side * cb;
+      if (layer.by_points) {
+        add_grad_points(layer);
+        convolve_by_points(pad_dz, layer, nullptr, out);
+        add_sums(i - 1, b, below);
+        continue;
+      }
       for (int h = 0; h < side; h += band)
         wgrad(pad_in + h * line, pixel, line, pad_dz + (h + 1) * dz_line + cb, dz_line, std::min(band, side - h), side,
               g + layer.w, channels);
       if (i == 0) continue;
-      convolve(pad_dz, T, cb, s.width, layer, turned, nullptr, below + std::size_t(b) * side * side * cb);
+      convolve(pad_dz, T, cb, s.width, layer, turned, nullptr, out);
       add_sums(i - 1, b, below);
     }
+    if (layer.by_points) turn_from_points(layer);
   }
 
   void norm_backward_image(int i, int b, const S* grad, S count) {  // to before batch norm, in pad_dz
@@ -919,7 +1108,7 @@ struct Tile {
       vec total = {};
       each_gradient(i, b, grad, c, [&](int p, vec dy) {
         const vec dz = factor * (dy - sum_share - (load(own + p * cb + c) - m) * dot_share);
-        store(pad_dz + ((p / side + 1) * (side + 2) + p % side + 1) * cb + c, dz);
+        store(pad_dz + ((p / side + 1) * layer.padded() + p % side + 1) * cb + c, dz);
         total += dz;
       });
       store(g + layer.bias + c, load(g + layer.bias + c) + total);

@@ -58,6 +58,7 @@ EDGES = [
     {"model_type": "cnn", "width_factor": 3, "depth": 5},  # pools down to one pixel, then blocks without pooling
     {"model_type": "cnn", "width_factor": 1, "depth": 2},
     {"model_type": "cnn", "width_factor": 17, "depth": 3},  # 17 channels: three vectors of doubles, half empty
+    {"model_type": "cnn", "width_factor": 32, "depth": 5},  # wide enough for convolutions of transformed tiles
     {"model_type": "lr", "width_factor": 1, "depth": 1},
     {"model_type": "lr", "width_factor": 70, "depth": 3},  # several blocks of columns
     {"model_type": "lr", "width_factor": 9, "depth": 9},
@@ -84,6 +85,20 @@ def test_shapes_at_the_edges(
     for lanes in lane_counts(ModelShape.of(experiments[0], data), DOUBLE_LANES):
         found = trained(experiments, data, NativeTrainer(experiments[0], data, library, 2, lanes), torch.float64)
         assert float((found - expected).norm() / expected.norm()) < 1e-9
+
+
+def test_wide_convolutions_of_large_images(random_data: Callable[..., ImageData], kernels: Kernels) -> None:
+    """Images of so many tiles that they are transformed in several pieces, the last one smaller, and an odd side."""
+    data = random_data(side=31, train=40)
+    experiment = Experiment(
+        model_type="cnn", width_factor=32, depth=2, num_clients=2, batch_size=8, partition="iid", lr=0.01
+    )
+    exact = trained([experiment], data, LoopTrainer(experiment, data, dtype=torch.float64), torch.float64)
+    found = trained([experiment], data, NativeTrainer(experiment, data, kernels(torch.float64)), torch.float64)
+    assert float((found - exact).norm() / exact.norm()) < 1e-12
+    plain = trained([experiment], data, LoopTrainer(experiment, data), torch.float32)
+    ours = trained([experiment], data, NativeTrainer(experiment, data, kernels(torch.float32)), torch.float32)
+    assert float((ours - exact).norm()) < 2 * float((plain - exact).norm())
 
 
 @pytest.mark.parametrize("edge", [*EDGES, {"model_type": "cnn", "width_factor": 4, "depth": 4}])
