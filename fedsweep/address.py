@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedsweep.errors import UsageError
+from fedsweep.files import read_word
 
 ADDRESS_FILE = "manager.json"  # in the state directory of a manager that listens
 DEFAULT_PORT = 5000
@@ -74,11 +74,10 @@ def shown(text: str) -> str:
 
 def known_address(state_dir: Path) -> Address | None:
     """Where the manager of this state directory listens, as it left word; None where none does."""
-    try:
-        found = json.loads((state_dir / ADDRESS_FILE).read_text(encoding="utf-8"))
-        return Address(str(found["host"]), int(found["port"]), found.get("pin"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    match read_word(state_dir / ADDRESS_FILE):
+        case {"host": str(host), "port": int(port), "pin": str() | None as pin} if 0 < port < 65536:
+            return Address(host, port, pin)
+    return None
 
 
 def is_loopback(host: str) -> bool:

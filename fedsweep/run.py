@@ -19,6 +19,7 @@ from rich.table import Table
 from fedsweep.address import Address, known_address, parse_address
 from fedsweep.datasets import prepare
 from fedsweep.errors import FedsweepError, ManagerUnreachable, UsageError
+from fedsweep.files import read_word
 from fedsweep.launch.local import WRONG_USAGE, LocalSweep
 from fedsweep.manager.output_roots import check_output_dirs
 from fedsweep.manager.results import finished_signatures
@@ -191,11 +192,7 @@ def _status_or_none(sweep: LocalSweep, state_dir: Path) -> dict[str, Any] | None
 
 def _last_status(state_dir: Path) -> dict[str, Any]:
     """How the sweep stood when its manager ended; empty where that could not be written."""
-    try:
-        status: dict[str, Any] = json.loads((state_dir / STATUS_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return status
+    return read_word(state_dir / STATUS_FILE)
 
 
 def _finish(grid: Grid, status: Mapping[str, Any], request: RunRequest, seconds: float, code: int) -> None:

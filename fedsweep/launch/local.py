@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsweep.address import ADDRESS_FILE, Address
-from fedsweep.errors import FedsweepError
+from fedsweep.errors import FedsweepError, StateError
+from fedsweep.files import open_plain, read_word
 
 # A process that dies this often within its first seconds will not live by being started once more.
 QUICK_DEATHS = 5
@@ -39,10 +40,18 @@ class Child:
     restart_at: float = 0.0
 
     def start(self) -> None:
-        """Start the process; its output is appended to the log file."""
+        """Start the process; its output is appended to the log file.
+
+        Raises:
+            StateError: that cannot be written.
+        """
         self._close_pipe()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = open_plain(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        except OSError as error:
+            raise StateError(f"{self.log} cannot be written ({error.strerror}); name another --state-dir") from None
+        with os.fdopen(descriptor, "ab") as log:
             # A session of its own: Ctrl-C in the terminal reaches `fedsweep run` alone, which ends the others in order.
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "fedsweep", *self.arguments, "--exit-with-parent"],
@@ -157,10 +166,7 @@ class LocalSweep:
 
     def _read_address(self) -> bool:
         """Learn the port from the file that a listening manager leaves; one of an earlier manager does not count."""
-        try:
-            address = json.loads((self.state_dir / ADDRESS_FILE).read_text())
-        except (OSError, ValueError):
-            return False
+        address = read_word(self.state_dir / ADDRESS_FILE)
         process = self.manager.process
         if process is None or address.get("pid") != process.pid:
             return False

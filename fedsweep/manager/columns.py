@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from fedsweep.manager.records import Row
@@ -67,32 +69,42 @@ def header(varying: Iterable[str]) -> tuple[str, ...]:
     return (*RESULT_COLUMNS, *others, *PROVENANCE_COLUMNS)
 
 
-def format_row(columns: Sequence[str], row: Row) -> bytes:
-    """The line of a row under these columns; a column that is not ours stays empty."""
-    values = {**_result_values(row.result), **row.spelled, "phase": row.phase, "signature": row.signature}
-    return line([text(values.get(name)) for name in columns])
+class RowFormat:
+    """Makes the lines of rows under some columns; a column that is not ours stays empty."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._empty: dict[str, Any] = {**dict.fromkeys(columns), "outcome": "ok"}
+        self._pick = itemgetter(*columns)
+        self._write = csv.writer(_Encoder(), lineterminator="").writerow
+
+    def __call__(self, row: Row) -> bytes:
+        """The line of a row, without the line end."""
+        values = {**self._empty, **_DEVIATIONS, **row.result, **row.spelled}
+        values["phase"], values["signature"] = row.phase, row.signature
+        for mean, deviation in _MEANS:  # without a mean there is no deviation either
+            if values.get(mean) is None:
+                values[deviation] = None
+        fields = [guard(value) if isinstance(value, str) else value for value in self._pick(values)]
+        encoded: bytes = self._write(fields)
+        return encoded
 
 
-def _result_values(result: dict[str, Any]) -> dict[str, Any]:
-    values = {"outcome": "ok", **result}
-    for metric in METRICS:  # one row is one seed; without a mean there is no deviation either
-        has_mean = values.get(f"mean_{metric}") is not None
-        values[f"std_{metric}"] = values.get(f"std_{metric}", 0.0) if has_mean else None
-    return values
+class _Encoder:
+    """A file whose `write` gives back what it was given, as bytes; so does then the `writerow` of its writer."""
+
+    write = staticmethod(str.encode)
 
 
-def text(value: object) -> str:
-    """A value as its field reads: shortest decimals that give the same number again, nothing for None."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return repr(value)
-    return guard(value) if isinstance(value, str) else str(value)
+_MEANS = tuple((f"mean_{metric}", f"std_{metric}") for metric in METRICS)
+_DEVIATIONS = dict.fromkeys((deviation for _, deviation in _MEANS), 0.0)  # one row is one seed
 
 
+@lru_cache(maxsize=4096)
 def guard(words: str) -> str:
     """Free text as a spreadsheet shows it and does not run it, on one line."""
-    plain = "".join(character if character.isprintable() else " " for character in words)
+    plain = words
+    if not words.isprintable():
+        plain = "".join(character if character.isprintable() else " " for character in words)
     return f"'{plain}" if plain.startswith((*RUNS_IN_A_SPREADSHEET, "'")) else plain
 
 
@@ -102,8 +114,11 @@ def unguard(field: str) -> str:
     return field[1:] if is_guarded else field
 
 
-def line(fields: Iterable[str]) -> bytes:
-    """Fields as one line of CSV, without the line end."""
+def line(fields: Iterable[object]) -> bytes:
+    """Fields as one line of CSV, without the line end.
+
+    Of a number the shortest decimals that give the same number again; nothing for None.
+    """
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="").writerow(fields)
     return buffer.getvalue().encode()

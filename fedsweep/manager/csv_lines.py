@@ -67,8 +67,9 @@ def read_row(raw: bytes, header: Header) -> dict[str, str]:
         raise ValueError("it is not UTF-8") from None
     try:
         (fields,) = csv.reader([words], delimiter=header.delimiter, strict=True)
-    except (ValueError, csv.Error):
-        raise ValueError("its quotes do not close") from None
+    except (ValueError, csv.Error) as error:
+        is_long = "field limit" in str(error)
+        raise ValueError("a field of it is too long" if is_long else "its quotes do not close") from None
     if header.delimiter == ";":
         fields = [field.replace(",", ".") if DECIMAL_COMMA.fullmatch(field) else field for field in fields]
     columns = header.columns

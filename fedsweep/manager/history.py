@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedsweep.files import fsync
+from fedsweep.files import fsync, open_fresh, open_plain
 from fedsweep.manager.records import History
 
 if TYPE_CHECKING:
@@ -34,15 +34,14 @@ def write_history(output_dir: str | Path, next_page: NextPage) -> bool:
     fresh = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     written: set[str] = set()
-    with pq.ParquetWriter(fresh, _schema()) as writer:
+    with open_fresh(fresh) as stream, pq.ParquetWriter(stream, _schema()) as writer:
         while page:
             writer.write_table(_table(page))
             written.update(history.signature for history in page)
             page = next_page(page[-1].place)
         for others in _rounds_of_others(path, written):
             writer.write_table(others)
-    with fresh.open("rb") as stream:
-        os.fsync(stream.fileno())
+    fsync(fresh)
     os.replace(fresh, path)
     fsync(path.parent)
     return True
@@ -94,10 +93,11 @@ def _rounds_of_others(path: Path, written: set[str]) -> list[pa.Table]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     try:
-        present = pq.read_table(path).select(_schema().names).cast(_schema())
+        with os.fdopen(open_plain(path), "rb") as stream:
+            present = pq.read_table(stream).select(_schema().names).cast(_schema())
     except (pa.ArrowException, KeyError, OSError) as error:
         kept = path.with_name(f"{path.name}.unreadable")
         os.replace(path, kept)

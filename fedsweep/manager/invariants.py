@@ -31,7 +31,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedsweep.errors import StateError
-from fedsweep.manager.columns import FILE_NAME, PARAMETERS, format_row, header
+from fedsweep.files import read_word
+from fedsweep.manager.columns import FILE_NAME, PARAMETERS, RowFormat, header
 from fedsweep.manager.csv_lines import BYTE_ORDER_MARK, Header, read_header, read_row, split
 from fedsweep.manager.failures import CANCELLED_ERROR
 from fedsweep.manager.ledger import MAX_FAILURES, MAX_LOSSES
@@ -315,9 +316,8 @@ def check_end(db: sqlite3.Connection, where: str, found: Iterable[Violation]) ->
 
 def _check_last_status(db: sqlite3.Connection, state_dir: Path) -> Iterator[Violation]:
     """Whether every task that was complete when the manager last ended still has its result: none ever goes (I8)."""
-    try:
-        complete = int(json.loads((state_dir / STATUS_FILE).read_text("utf-8"))["complete"])
-    except (OSError, ValueError, TypeError, LookupError):
+    complete = read_word(state_dir / STATUS_FILE).get("complete")
+    if not isinstance(complete, int):
         return  # none was left, or it is no such file; it only ever informs
     (results,) = db.execute("SELECT count(*) FROM results").fetchone()
     if results < complete:
@@ -392,7 +392,7 @@ def _check_rows(
         row = read_row(raw, found)
         return tuple(row.get(name, "") for name in names)
 
-    expected = {cell_of(raw): raw for raw in (format_row(found.columns, row) for row in rows)}
+    expected = {cell_of(raw): raw for raw in map(RowFormat(found.columns), rows)}
     seen: dict[tuple[str, ...], int] = {}
     for number, raw in enumerate(lines[1:], start=2):
         try:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
+from pydantic_core import from_json
+
 from fedsweep.errors import StateError
 from fedsweep.manager.records import Counts, History, Row, Status, Task, UnknownTask
 
@@ -152,7 +154,7 @@ class LedgerView:
             yield Row(
                 output_dir=row["output_dir"],
                 phase=row["phase"],
-                spelled=json.loads(row["spelled"]),
+                spelled=from_json(row["spelled"]),
                 signature=row["signature"],
                 result=_result(row["data"], row["signature"]),
             )
@@ -218,7 +220,7 @@ class LedgerView:
 
 def _result(data: str, signature: str) -> dict[str, Any]:
     try:
-        result: dict[str, Any] = json.loads(data)
+        result: dict[str, Any] = from_json(data)
     except ValueError:
         reason = f"the result of {signature} cannot be read; `fedsweep doctor` says what to do"
         raise StateError(reason) from None

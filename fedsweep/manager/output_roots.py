@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fedsweep.errors import ConfigError, Problem, StateError
+from fedsweep.manager.columns import FILE_NAME
 from fedsweep.plan.config import SweepConfig
 from fedsweep.plan.grid import Grid
 from fedsweep.plan.words import shown
@@ -21,8 +22,14 @@ def outside(output_dirs: Iterable[str], roots: Iterable[Path]) -> dict[str, str]
         Where each of them really is, by the name it was given.
     """
     allowed = [os.path.realpath(root) for root in (Path.cwd(), *roots)]
-    real = {folder: os.path.realpath(folder) for folder in dict.fromkeys(output_dirs)}
+    real = {folder: _place_of_rows(folder) for folder in dict.fromkeys(output_dirs)}
     return {folder: path for folder, path in real.items() if not any(_is_in(path, root) for root in allowed)}
+
+
+def _place_of_rows(folder: str) -> str:
+    """A folder, or the file elsewhere to which a link in it leads its rows."""
+    rows = os.path.join(folder, FILE_NAME)
+    return os.path.realpath(rows if os.path.islink(rows) else folder)
 
 
 def _is_in(path: str, root: str) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-import stat
 import tempfile
 from pathlib import Path
+
+from fedsweep.files import StrangeFile, open_plain
 
 log = logging.getLogger(__name__)
 
@@ -26,16 +28,13 @@ def read_private(path: Path, most: int) -> bytes:
     """What is in a file; a warning where others can read it too.
 
     Raises:
+        StrangeFile: it is no plain file, or has more than `most` bytes.
         OSError: it cannot be read.
-        ValueError: it is no plain file, or has more than `most` bytes.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # not waiting for the other end of a FIFO
-    try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > most:
-            raise ValueError
+    with os.fdopen(open_plain(path), "rb") as stream:
+        facts = os.fstat(stream.fileno())
+        if facts.st_size > most:
+            raise StrangeFile(errno.EFBIG, f"it has {facts.st_size:,} bytes")
         if facts.st_mode & 0o077:
             log.warning("others can read %s, which holds a secret; make it yours alone: chmod 600", path)
-        return os.read(descriptor, most)
-    finally:
-        os.close(descriptor)
+        return stream.read()

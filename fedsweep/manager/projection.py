@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fedsweep.files import fsync, make_folder
+from fedsweep.files import fsync, make_folder, open_fresh, open_plain
 from fedsweep.manager.clock import Clock
-from fedsweep.manager.columns import FILE_NAME, format_row, line
+from fedsweep.manager.columns import FILE_NAME, RowFormat, line
 from fedsweep.manager.ledger import Ledger
 from fedsweep.manager.records import Row
 from fedsweep.manager.survey import Survey, Surveyor, foreign_line, whole_columns
@@ -114,7 +114,7 @@ class Projection:
         path, known = _file_of(output_dir), self._known.get(output_dir)
         if known is None or _stamp(path) != known.stamp:
             return self._sync(output_dir, patient=True)  # it writes these rows too: they are in the ledger
-        self._write_lines(output_dir, path, known, [format_row(known.columns, row) for row in rows])
+        self._write_lines(output_dir, path, known, list(map(RowFormat(known.columns), rows)))
         return 0
 
     def _write_lines(self, output_dir: str, path: Path, known: _Known, lines: Sequence[bytes]) -> None:
@@ -122,7 +122,7 @@ class Projection:
         content = b"".join(raw + b"\n" for raw in lines)
         size = known.stamp[2]
         self._known.pop(output_dir, None)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        descriptor = open_plain(path, os.O_WRONLY | os.O_APPEND)
         try:
             written = os.write(descriptor, content)
             after = _stamp_of(os.fstat(descriptor))
@@ -208,7 +208,9 @@ class Projection:
         make_folder(path.parent)
         fresh = path.with_name(f".{path.name}.{self._ledger.view.meta('ledger_id')}.tmp")
         try:
-            self._write_fresh(output_dir, fresh, columns, survey.foreign)
+            self._write_fresh(output_dir, fresh, columns, survey)
+            if stamp is not None:
+                fresh.chmod(stat.S_IMODE(path.stat().st_mode))  # whoever could write to it still can
             _refuse_change(path, stamp)
             if survey.cut:
                 self._keep_beside(path, survey.cut)
@@ -220,22 +222,21 @@ class Projection:
         self._known[output_dir] = _Known(columns, written)
         self._unsynced.add(path)
 
-    def _write_fresh(
-        self, output_dir: str, fresh: Path, columns: Sequence[str], foreign: Iterable[dict[str, str]]
-    ) -> None:
-        with fresh.open("wb") as stream:
+    def _write_fresh(self, output_dir: str, fresh: Path, columns: Sequence[str], survey: Survey) -> None:
+        ours: Iterable[bytes] = survey.ours
+        if columns != survey.columns:
+            ours = map(RowFormat(columns), self._ledger.view.rows_in(output_dir))
+        with open_fresh(fresh) as stream:
             stream.write(line(columns) + b"\n")
-            for row in self._ledger.view.rows_in(output_dir):
-                stream.write(format_row(columns, row) + b"\n")
-            for other in foreign:
-                stream.write(foreign_line(columns, other) + b"\n")
+            stream.writelines(raw + b"\n" for raw in ours)
+            stream.writelines(foreign_line(columns, other) + b"\n" for other in survey.foreign)
             stream.flush()
             os.fsync(stream.fileno())
 
     @staticmethod
     def _keep_beside(path: Path, lines: Sequence[bytes]) -> None:
         number = 1
-        while (kept := path.with_name(f"{path.name}.torn-{number}")).exists():
+        while os.path.lexists(kept := path.with_name(f"{path.name}.torn-{number}")):
             number += 1
         with kept.open("xb") as stream:
             stream.write(b"".join(raw + b"\n" for raw in lines))
@@ -272,9 +273,7 @@ def _file_of(output_dir: str) -> Path:
 def _read(path: Path) -> tuple[bytes, Stamp | None]:
     """A file whole, and its stamp; nothing and None where there is none."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError(0, "it is not a regular file")
-        with path.open("rb") as stream:
+        with os.fdopen(open_plain(path), "rb") as stream:
             stamp = _stamp_of(os.fstat(stream.fileno()))
             return stream.read(stamp[2]), stamp
     except FileNotFoundError:
@@ -282,9 +281,10 @@ def _read(path: Path) -> tuple[bytes, Stamp | None]:
 
 
 def _stamp(path: Path) -> Stamp | None:
+    """What the file is now; None where there is none, or where that cannot be told, as behind a link in a circle."""
     try:
         return _stamp_of(path.stat())
-    except FileNotFoundError:
+    except OSError:
         return None
 
 

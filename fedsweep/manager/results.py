@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsweep.errors import DataError
-from fedsweep.files import fsync
+from fedsweep.files import fsync, open_fresh, open_plain, read_plain
 from fedsweep.manager.adoption import INTEGER_FIELDS, NUMBER_FIELDS, TEXT_FIELDS, match, read_result
 from fedsweep.manager.columns import FILE_NAME, RESULT_COLUMNS, unguard
 from fedsweep.manager.csv_lines import read_header, read_row, split
@@ -42,7 +42,8 @@ def read_results(folder: str | Path) -> pd.DataFrame:
 
     path = Path(folder) / FILE_NAME
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        with os.fdopen(open_plain(path), "rb") as stream:
+            rows = pd.read_csv(stream, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     missing = [name for name in RESULT_COLUMNS if name not in rows]
@@ -78,7 +79,7 @@ def write_summary(folder: str | Path) -> Path:
     path = Path(folder) / SUMMARY_FILE
     fresh = path.with_name(f".{path.name}.tmp")
     table = summarise(read_results(folder))
-    with fresh.open("w", encoding="utf-8", newline="") as stream:
+    with open_fresh(fresh) as stream:
         table.to_csv(stream, index=False, lineterminator="\n")
         stream.flush()
         os.fsync(stream.fileno())
@@ -118,7 +119,7 @@ def finished_signatures(grid: Grid) -> set[str]:
 def _rows(path: Path) -> Iterator[dict[str, str]]:
     """The rows of a results file, as far as they can be read."""
     try:
-        lines, _ = split(path.read_bytes())
+        lines, _ = split(read_plain(path))
     except OSError:
         return
     header = read_header(lines[0]) if lines else None

@@ -6,6 +6,7 @@ complete, and no results; what it calls complete counts only where a row is foun
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedsweep.errors import ConfigError, Problem, StateError
-from fedsweep.files import fsync
+from fedsweep.files import fsync, open_fresh, read_plain
 from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.protocol import ResultData
 from fedsweep.manager.records import Task
@@ -34,6 +35,7 @@ from fedsweep.plan.grid import Cell, PlannedTask
 from fedsweep.plan.words import did_you_mean
 
 FORMAT = "fedsweep-state"
+MOST = 2**53  # of a count
 STATUSES = ("pending", "assigned", "complete", "failed")
 
 
@@ -86,7 +88,7 @@ def write_state(path: Path, view: LedgerView, now: datetime) -> None:
         "results": dict(view.results()),
     }
     fresh = path.with_name(f".{path.name}.tmp")
-    with fresh.open("w", encoding="utf-8") as stream:
+    with io.TextIOWrapper(open_fresh(fresh), encoding="utf-8") as stream:
         json.dump(state, stream, indent=1, allow_nan=False)
         stream.write("\n")
         stream.flush()
@@ -114,10 +116,10 @@ def read_state(path: Path) -> State:
     """
     advice = "nothing was changed"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path).decode())
     except OSError as error:
         raise StateError(f"{path} cannot be read ({error.strerror}); {advice}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StateError(f"{path} is not JSON ({error}); {advice}") from None
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         raise StateError(f'{path} is no state of an experiment manager: it has no "tasks"; {advice}')
@@ -125,9 +127,14 @@ def read_state(path: Path) -> State:
         raise StateError(f"{path} was written by a newer fedsweep or another program; {advice}")
     reading = _Reading(str(path))
     tasks = [_read_task(reading, key, task, content) for key, task in content["tasks"].items()]
+    last_attempt = 0
+    try:
+        last_attempt = _count(content.get("last_attempt"))
+    except ValueError as error:
+        reading.note("last_attempt", str(error))
     if reading.problems:
         raise ConfigError(reading.problems)
-    return State(tasks=_merged(task for task in tasks if task is not None), last_attempt=content.get("last_attempt", 0))
+    return State(tasks=_merged(task for task in tasks if task is not None), last_attempt=last_attempt)
 
 
 def _merged(tasks: Iterable[StateTask]) -> tuple[StateTask, ...]:
@@ -155,6 +162,10 @@ def _read_task(reading: _Reading, key: str, task: Any, content: Mapping[str, Any
         return None
     try:
         return _build_task(reading, key, task, values, content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        reading.note(path, f"cells: {'.'.join(map(str, problem['loc']))}: {problem['msg']}")
+        return None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reading.note(path, f"a field is missing or of the wrong type ({error})")
         return None
@@ -164,17 +175,17 @@ def _build_task(
     reading: _Reading, key: str, task: Mapping[str, Any], values: Mapping[str, Any], content: Mapping[str, Any]
 ) -> StateTask:
     path = f"tasks.{key}"
-    planned = _plan(task, str(task.get("task_id", key)), values)
+    planned = _plan(task, _text(task.get("task_id")) or _text(key) or "", values)
     holder = content.get("assigned_tasks", {}).get(key)
     holder = holder if isinstance(holder, dict) else {}
     return StateTask(
-        task_id=str(task.get("task_id", key)),
+        task_id=_text(task.get("task_id")) or key,
         planned=planned,
         status=task.get("status", "pending"),
-        failures=int(task.get("retry_count") or 0),
-        losses=int(task.get("losses") or 0),
-        last_error=task.get("last_error"),
-        assigned_to=task.get("assigned_to") or holder.get("assigned_to") or holder.get("worker_id"),
+        failures=_count(task.get("retry_count")),
+        losses=_count(task.get("losses")),
+        last_error=_text(task.get("last_error")),
+        assigned_to=_text(task.get("assigned_to") or holder.get("assigned_to") or holder.get("worker_id")),
         assigned_at=_read_time(reading, path, task.get("assigned_at") or holder.get("assigned_at")),
         result=_read_result(reading, path, content.get("results", {}).get(planned.signature)),
         is_orphaned=bool(task.get("orphaned", False)),
@@ -203,12 +214,14 @@ def _read_config(reading: _Reading, path: str, config: Mapping[str, Any]) -> dic
 
 def _plan(task: Mapping[str, Any], task_id: str, values: Mapping[str, Any]) -> PlannedTask:
     """The task with its cells: those that are listed, or one for each of its output folders."""
-    phase = str(task.get("phase") or task_id.rsplit("_", 2)[0])
+    phase = _text(task.get("phase")) or task_id.rsplit("_", 2)[0]
     experiment = from_config(values)
     folders = task.get("output_dirs") or [task.get("output_dir") or values["output_dir"]]
+    if not isinstance(folders, list):
+        raise ValueError(f"output_dirs is {folders!r:.80}, not a list")
     listed = task.get("cells") or [{"phase": phase, "output_dir": folder, "config": values} for folder in folders]
     cells = tuple(
-        Cell(str(cell["phase"]), os.path.normpath(cell["output_dir"]), from_config({**values, **cell["config"]}))
+        Cell(_text(cell["phase"]) or "", _folder(cell["output_dir"]), from_config({**values, **cell["config"]}))
         for cell in listed
     )
     run = {name: value for name, value in values.items() if not is_scientific(name)}
@@ -216,6 +229,31 @@ def _plan(task: Mapping[str, Any], task_id: str, values: Mapping[str, Any]) -> P
     parts = task_id.rsplit("_", 2)
     number = int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else 0
     return PlannedTask(experiment, options, number, tuple(dict.fromkeys(cells)))
+
+
+def _count(value: Any) -> int:
+    """How often something happened; what is missing happened never."""
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST:
+        raise ValueError(f"{value!r:.80} is no count; expected a whole number from 0 to {MOST:,}")
+    return value
+
+
+def _text(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.80} is no text")
+    value.encode()  # half of a surrogate pair cannot be stored
+    return value
+
+
+def _folder(value: Any) -> str:
+    folder = _text(value)
+    if not folder or "\0" in folder:
+        raise ValueError(f"{value!r:.80} is no folder")
+    return os.path.normpath(folder)
 
 
 def _read_time(reading: _Reading, path: str, words: Any) -> datetime | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedsweep.manager.adoption import describe, has_signature, is_row_of, match, read_result
-from fedsweep.manager.columns import OWN_COLUMNS, format_row, header, line, unguard
+from fedsweep.manager.columns import OWN_COLUMNS, RowFormat, header, line, unguard
 from fedsweep.manager.csv_lines import Header, read_header, read_row, split
 from fedsweep.manager.ledger import differs
 from fedsweep.manager.ledger_view import LedgerView
@@ -19,6 +19,7 @@ class Survey:
     """What a results file holds beside, instead of or without what it must hold."""
 
     columns: tuple[str, ...]  # its header, or the one that it must get
+    ours: Sequence[bytes] = ()  # the lines that it must hold, under these columns
     missing: list[bytes] = field(default_factory=list)  # lines of ours that are not there
     foreign: list[dict[str, str]] = field(default_factory=list)  # rows of no cell of ours: kept
     cut: list[bytes] = field(default_factory=list)  # what cannot stay, and lies nowhere else
@@ -58,9 +59,8 @@ class Surveyor:
         lines, tail = split(content)
         found_header = read_header(lines[0]) if lines else None
         survey = self._begin(content, found_header)
-        expected = dict.fromkeys(
-            (format_row(survey.columns, row) for row in self._view.rows_in(self._output_dir)), False
-        )
+        survey.ours = list(map(RowFormat(survey.columns), self._view.rows_in(self._output_dir)))
+        expected = dict.fromkeys(survey.ours, False)
         first_row = 0 if found_header is None else 1
         header_line = line(survey.columns)
         for number, raw in enumerate(lines[first_row:], start=first_row + 1):
@@ -72,7 +72,7 @@ class Surveyor:
                 self._place(survey, number, raw, found_header)
         if tail:
             survey.has_tail, survey.is_sound = True, False
-            if tail not in expected:
+            if tail not in expected and tail != header_line:
                 survey.cut.append(tail)
         survey.missing = [raw for raw, is_there in expected.items() if not is_there]
         return survey
@@ -103,6 +103,8 @@ class Surveyor:
             self._adopt(survey, number, tasks[0], row)
         else:
             survey.foreign.append(row)
+            if len(row) < len(set(survey.columns) - {""}):
+                survey.is_sound = False  # an old tool appended it, without the columns that came later
             if tasks and any(task.status != "complete" for task in tasks):
                 survey.ambiguous.append(number)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsweep.errors import UsageError
+from fedsweep.files import StrangeFile
 from fedsweep.manager.private_files import read_private, write_private
 
 HELLO = 0x16  # the first byte of a TLS connection
@@ -56,7 +57,7 @@ def ensure_identity(path: Path, now: datetime.datetime | None = None) -> Identit
         context.load_cert_chain(path)
     except (OSError, ValueError) as error:  # an ssl.SSLError is an OSError
         reason = "it is not a PEM file with a key and its certificate"
-        if isinstance(error, OSError) and not isinstance(error, ssl.SSLError):
+        if isinstance(error, OSError) and not isinstance(error, ssl.SSLError | StrangeFile):
             reason = str(error.strerror)
         raise UsageError(f"no certificate in {path} ({reason}); {advice}") from None
     if certificate.not_valid_after_utc <= now:

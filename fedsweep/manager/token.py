@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from fedsweep.errors import UsageError
+from fedsweep.files import StrangeFile
 from fedsweep.manager.private_files import read_private, write_private
 
 _MOST = 4096  # bytes of a token file
@@ -31,8 +32,12 @@ def read_token(path: Path) -> str:
     """
     try:
         token = read_private(path, _MOST).decode("ascii").strip()
+        if not token.isprintable() or len(token.split()) > 1:
+            raise ValueError
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not a text file with a token"
+        reason = "it is not a text file with a token"
+        if isinstance(error, OSError) and not isinstance(error, StrangeFile):
+            reason = str(error.strerror)
         raise UsageError(
             f"no token in {path} ({reason}); it lies in the manager's state directory: name it by --token-file"
         ) from None

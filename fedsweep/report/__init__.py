@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsweep.errors import DataError, UsageError
+from fedsweep.files import open_plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,9 +71,9 @@ def has_results(folder: Path) -> bool:
     from fedsweep.manager.columns import FILE_NAME
 
     try:
-        with (folder / FILE_NAME).open("rb") as rows:
+        with os.fdopen(open_plain(folder / FILE_NAME), "rb") as rows:
             return sum(1 for _ in rows) > 1
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

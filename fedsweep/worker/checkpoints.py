@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsweep import __version__
-from fedsweep.files import fsync, make_folder
+from fedsweep.files import fsync, make_folder, read_plain
 from fedsweep.worker import kernels
 from fedsweep.worker.device import device_name
 
@@ -122,7 +122,7 @@ class Checkpoints:
         if self.folder is None:
             return None
         try:
-            return _unpacked(self._path(signature).read_bytes())
+            return _unpacked(read_plain(self._path(signature)))
         except FileNotFoundError:
             return None
         except Exception as error:  # whatever reading garbage raises

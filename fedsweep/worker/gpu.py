@@ -21,7 +21,6 @@ import logging
 import os
 import re
 import socket
-import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 import psutil
 
 from fedsweep.errors import FedsweepError
+from fedsweep.files import StrangeFile, open_plain, read_plain
 
 log = logging.getLogger(__name__)
 
@@ -255,15 +255,13 @@ def _take_file(gpu_id: int, path: Path) -> int:
 def _open_plain(path: Path) -> int:
     """Open or create the lock file; neither following a link nor waiting for the other end of a FIFO."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        return open_plain(path, os.O_RDWR | os.O_CREAT, follow=False)
     except OSError as error:
         if error.errno == errno.ELOOP:
             error.strerror = "it is a symbolic link; delete it"
+        elif isinstance(error, StrangeFile):
+            error.strerror = "it is not a plain file; delete it"
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a plain file; delete it")
-    return descriptor
 
 
 def _has_name(descriptor: int, path: Path) -> bool:
@@ -305,9 +303,7 @@ def _may_have_written(pid: int, written_at: float) -> bool:
 def _holder(path: Path) -> str:
     """Who holds a lock, for a message."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        pid = read_plain(path, follow=False)[:64].strip()
     except OSError:
         return ""
-    with os.fdopen(descriptor, "rb") as stream:
-        pid = stream.read(64).strip()
     return f", process {int(pid)}" if pid.isdigit() else ""

@@ -21,6 +21,7 @@ import torch
 
 from fedsweep import __version__
 from fedsweep.datasets.download import cache_dir as default_cache_dir
+from fedsweep.files import read_word
 from fedsweep.fl import candidates as makers
 from fedsweep.fl.data import ImageData
 from fedsweep.fl.lanes import ModelShape, Trainer
@@ -232,11 +233,7 @@ class Choices:
             log.warning("the choice of a plan cannot be kept in %s: %s", self.path, error)
 
     def _read(self) -> dict[str, Any]:
-        try:
-            content = json.loads(self.path.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return read_word(self.path)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

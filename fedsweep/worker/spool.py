@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import os
-import stat
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsweep.errors import ProtocolError
-from fedsweep.files import fsync, make_folder
+from fedsweep.files import StrangeFile, fsync, make_folder, read_plain
 from fedsweep.manager.protocol import decode
 
 log = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ def pending(folder: Path) -> list[Undelivered]:
             found.append(_read(path))
         except FileNotFoundError:
             continue  # another worker of this host has delivered it
-        except (ProtocolError, ValueError) as error:
+        except (ProtocolError, ValueError, StrangeFile) as error:
             set_aside(path, error)
         except OSError as error:
             if error.errno in _FOR_GOOD:
@@ -99,20 +98,10 @@ def remove(undelivered: Undelivered) -> None:
 
 
 def _read(path: Path) -> Undelivered:
-    # Not following links and not waiting for the other end of a FIFO: only a plain file can be a result.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise ValueError("it is not a plain file")
-        if facts.st_size > MAX_BYTES:
-            raise ValueError(f"it has {facts.st_size:,} bytes; a result has at most {MAX_BYTES:,}")
-        with os.fdopen(descriptor, "rb", closefd=False) as stream:
-            content = decode(stream.read())
-    finally:
-        os.close(descriptor)
-    match content:
-        case {"task_id": str(task_id), "attempt": int() | None as attempt, "result_data": dict(result_data)}:
+    match decode(read_plain(path, MAX_BYTES, follow=False)):
+        case {"task_id": str(task_id), "attempt": int() | None as attempt, "result_data": dict(result_data)} if (
+            not isinstance(attempt, bool)
+        ):
             return Undelivered(path, task_id, attempt, result_data)
     raise ValueError("it holds something else than a result")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import traceback
 from datetime import datetime
 from pathlib import Path
 
+from fedsweep.files import open_plain
 from fedsweep.manager.protocol import TaskMessage
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ class TaskLog:
             return
         now = datetime.now().isoformat(" ", "milliseconds").replace(".", ",")
         try:
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+            descriptor = open_plain(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            with os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.write(f"{now} {text}\n")
         except OSError as error:
             self._do_without(error)

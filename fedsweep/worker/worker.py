@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from fedsweep.address import DEFAULT, known_address, parse_address
 from fedsweep.errors import Preempted, ProtocolError, UsageError
+from fedsweep.files import WORD_BYTES, read_plain
 from fedsweep.worker.client import ManagerClient, TaskReply
 from fedsweep.worker.cpus import available_cpus
 from fedsweep.worker.delivery import deliver_spool, give_back, last_words
@@ -191,7 +192,7 @@ class _Loop:
     def _read_token(self) -> str | None:
         """The token; None where there is none, as before the first start of a manager, or for a manager of old."""
         try:
-            return self.token_file.read_text(encoding="utf-8").strip() or None
+            return read_plain(self.token_file, WORD_BYTES).decode().strip() or None
         except (OSError, UnicodeDecodeError) as error:
             log.debug("no token: %s", error)
             return None

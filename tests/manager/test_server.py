@@ -632,6 +632,15 @@ def make_fifo(path: Path) -> None:
         (lambda path: path.mkdir(), "it is not a text file with a token"),
         (make_fifo, "it is not a text file with a token"),
         (lambda path: path.symlink_to("nowhere"), "No such file or directory"),
+        (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is not a text file with a token"),
+        (lambda path: path.symlink_to("."), "it is not a text file with a token"),
+        (lambda path: path.write_text("tokén"), "it is not a text file with a token"),
+        (lambda path: path.write_bytes("token".encode("utf-16")), "it is not a text file with a token"),
+        (lambda path: path.write_bytes(b"\x80\x04pickle"), "it is not a text file with a token"),
+        (lambda path: path.write_bytes(bytes(40)), "it is not a text file with a token"),
+        (lambda path: path.write_text("two words"), "it is not a text file with a token"),
+        (lambda path: path.write_text("one\ntwo\n"), "it is not a text file with a token"),
     ],
 )
 def test_what_is_no_token_file_is_refused_and_left_alone(

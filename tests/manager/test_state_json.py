@@ -189,6 +189,115 @@ def test_files_that_are_no_state_are_refused_in_one_line(managers, folder, conte
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.timeout(20)  # opening a FIFO the usual way waits for ever
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.write_bytes(b"\xff\xfe{}"), "is not JSON"),
+        (lambda path: path.write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR."), "is not JSON"),
+        (lambda path: path.write_text('{"tasks": ' + "[" * 100_000), "is not JSON"),
+        (lambda path: path.write_text('{"tasks": {"a": ' + "1" * 5000 + "}}"), "is not JSON"),
+        (
+            lambda path: path.write_text('{"name": "package", "version": "1.0.0"}'),
+            "is no state of an experiment manager",
+        ),
+        (lambda path: path.mkdir(), r"cannot be read \(it is not a plain file\)"),
+        (os.mkfifo, r"cannot be read \(it is not a plain file\)"),
+        (lambda path: path.symlink_to("/dev/zero"), r"cannot be read \(it is not a plain file\)"),
+        (lambda path: path.symlink_to("nowhere"), r"cannot be read \(No such file or directory\)"),
+        (lambda path: path.symlink_to(path.name), r"cannot be read \(Too many levels of symbolic links\)"),
+    ],
+    ids=[
+        *("UTF-16", "a pickle", "100,000 levels", "a huge number", "of another program", "a folder", "a FIFO"),
+        *("a device", "a link to nothing", "a link to itself"),
+    ],
+)
+def test_what_is_no_json_state_is_refused_in_one_line_and_nothing_is_changed(managers, folder, make, words):
+    path = folder / "experiment_state.json"
+    make(path)
+    before = path.lstat()
+    manager = managers()
+    tasks = dict(manager.tasks)
+    with pytest.raises(StateError, match=rf"experiment_state\.json {words}") as caught:
+        manager.load_state("experiment_state.json")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("; nothing was changed")
+    assert dict(manager.tasks) == tasks
+    assert (path.lstat().st_mode, path.lstat().st_size) == (before.st_mode, before.st_size)
+
+
+def test_a_state_torn_at_any_byte_is_refused(managers, folder):
+    path = write_old(folder / "state.json", old_task(0))
+    whole = path.read_bytes()
+    manager = managers(None)
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(StateError, match="is not JSON"):
+            manager.load_state(path)
+    assert len(manager.tasks) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"retry_count": -1}, "-1 is no count; expected a whole number from 0 to"),
+        ({"retry_count": "2"}, "'2' is no count"),
+        ({"retry_count": True}, "True is no count"),
+        ({"retry_count": 1e300}, "1e[+]300 is no count"),
+        ({"losses": 2**70}, "1180591620717411303424 is no count"),
+        ({"losses": float("inf")}, "inf is no count"),
+        ({"last_error": ["no"]}, r"\['no'\] is no text"),
+        ({"assigned_to": 5, "status": "assigned"}, "5 is no text"),
+        ({"phase": {"a": 1}}, r"\{'a': 1\} is no text"),
+        ({"phase": "\ud800"}, "surrogates not allowed"),
+        ({"task_id": 7}, "7 is no text"),
+        ({"output_dirs": "out/first"}, "output_dirs is 'out/first', not a list"),
+        ({"output_dirs": [5]}, "5 is no folder|5 is no text"),
+        ({"output_dirs": ["a\0b"]}, "is no folder"),
+        ({"cells": [5]}, "a field is missing or of the wrong type"),
+        ({"cells": [{"phase": "p", "output_dir": "o", "config": {"depth": "deep"}}]}, "cells: depth: Input should be"),
+        ({"cells": [{"phase": "p", "output_dir": "o"}]}, "config"),
+        ({"seed": "x"}, "seed"),
+        ({"config": []}, 'expected a task with a "config"'),
+    ],
+)
+def test_a_field_of_a_task_that_makes_no_sense_is_named_and_nothing_is_changed(managers, folder, fields, words):
+    config = fields.pop("config", None)
+    task = old_task(0) | fields | ({} if config is None else {"config": config})
+    (folder / "state.json").write_text(json.dumps({"tasks": {"first_0_42": task}, "assigned_tasks": {}}))
+    manager = managers(None)
+    with pytest.raises(ConfigError, match=rf"state\.json: tasks\.first_0_42.*({words})") as caught:
+        manager.load_state("state.json")
+    assert len(manager.tasks) == 0
+    assert len(caught.value.problems) == str(caught.value).count("\n") + 1  # each on one line
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"last_attempt": -5}, "last_attempt: -5 is no count"),
+        ({"last_attempt": "many"}, "last_attempt: 'many' is no count"),
+        ({"results": ["x"]}, "a field is missing or of the wrong type"),
+        ({"assigned_tasks": ["first_0_42"]}, "a field is missing or of the wrong type"),
+    ],
+)
+def test_what_stands_beside_the_tasks_must_make_sense_too(managers, folder, fields, words):
+    (folder / "state.json").write_text(json.dumps({"tasks": {"first_0_42": old_task(0)}, **fields}))
+    with pytest.raises(ConfigError, match=words):
+        managers(None).load_state("state.json")
+
+
+@pytest.mark.timeout(20)
+def test_a_state_is_not_written_through_a_link_or_a_fifo(busy, folder):
+    for make in (os.mkfifo, lambda path: path.symlink_to(folder / "precious")):
+        for name in ("state.json", ".state.json.tmp"):
+            make(folder / name)
+            busy.save_state("state.json")
+            assert json.loads((folder / "state.json").read_text())["format"] == "fedsweep-state"
+            (folder / "state.json").unlink()
+    assert not (folder / "precious").exists()
+
+
 def test_only_json_files_are_read_and_written_by_path(managers, folder):
     manager = managers(None)
     with pytest.raises(StateError, match=r"missing\.json cannot be read"):

@@ -69,7 +69,7 @@ MUTANTS = (
                 "            survey.has_tail = True\n",
             ),
         ),
-        ("tests/manager/test_results_files.py", "-k", "torn_at_every_byte"),
+        ("tests/manager/test_bad_results_files.py", "-k", "torn_at_every_byte"),
     ),
     Mutant(
         "no attempt check",

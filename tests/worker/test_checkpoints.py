@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import math
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,84 @@ def test_nothing_that_runs_code_is_loaded(checkpoints, tmp_path):
     checkpoints.write(Checkpoint(ORIGIN, 1.0, {"weights": Evil()}))
     assert checkpoints.find(ORIGIN) is None
     assert not (tmp_path / "owned").exists()
+
+
+def packed(payload: bytes) -> bytes:
+    """As if we had written it: with its digest before it."""
+    return hashlib.sha256(payload).digest() + payload
+
+
+def saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return packed(buffer.getvalue())
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(Path.cwd() / "owned"),)
+
+
+def link_to(target: str) -> Any:
+    return lambda path: path.symlink_to(target)
+
+
+ORIGIN_SAVED = dataclasses.asdict(ORIGIN)
+FOREIGN: dict[str, Any] = {
+    "nothing": lambda path: path.write_bytes(b""),
+    "a digest alone": lambda path: path.write_bytes(hashlib.sha256(b"").digest()),
+    "NULs": lambda path: path.write_bytes(bytes(4096)),
+    "another program's": lambda path: path.write_bytes(saved({"model_state_dict": {}, "epoch": 3})),
+    "of a plain torch.save": lambda path: torch.save({"origin": ORIGIN_SAVED, "seconds": 1.0, "saved": SAVED}, path),
+    "a tensor": lambda path: path.write_bytes(saved(torch.ones(3))),
+    "an origin of other fields": lambda path: path.write_bytes(
+        saved({"origin": {**ORIGIN_SAVED, "host": "x"}, "seconds": 1.0, "saved": SAVED})
+    ),
+    "an origin without a field": lambda path: path.write_bytes(
+        saved({"origin": {"signature": ORIGIN.signature}, "seconds": 1.0, "saved": SAVED})
+    ),
+    "seconds that are none": lambda path: path.write_bytes(
+        saved({"origin": ORIGIN_SAVED, "seconds": "long", "saved": SAVED})
+    ),
+    "saved nothing": lambda path: path.write_bytes(saved({"origin": ORIGIN_SAVED, "seconds": 1.0, "saved": None})),
+    "a pickle that runs code, with its digest": lambda path: path.write_bytes(packed(pickle.dumps(Evil()))),
+    "a checkpoint that runs code, with its digest": lambda path: path.write_bytes(
+        saved({"origin": ORIGIN_SAVED, "seconds": 1.0, "saved": Evil()})
+    ),
+    "an archive of nothing": lambda path: path.write_bytes(packed(b"PK\x05\x06" + bytes(18))),
+    "a FIFO": os.mkfifo,
+    "a link to nothing": link_to("nowhere"),
+    "a link to itself": link_to(hashlib.sha256(ORIGIN.signature.encode()).hexdigest() + ".pt"),
+    "a link to a device": link_to("/dev/zero"),
+    "a link to a folder": link_to("."),
+}
+
+
+@pytest.mark.timeout(20)  # opening a FIFO the usual way waits for ever, reading /dev/zero until memory is full
+@pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN.keys())
+def test_what_is_no_checkpoint_of_ours_is_removed_and_the_next_one_kept(checkpoints, monkeypatch, tmp_path, make):
+    monkeypatch.chdir(tmp_path)
+    checkpoints.folder.mkdir()
+    path = checkpoints._path(ORIGIN.signature)
+    make(path)
+    assert checkpoints.plan(ORIGIN.signature) is None
+    assert checkpoints.find(ORIGIN) is None
+    assert not (tmp_path / "owned").exists()
+    assert not os.path.lexists(path) or os.readlink(path) == "nowhere"
+    assert checkpoints.write(Checkpoint(ORIGIN, 2.0, SAVED))
+    assert checkpoints.find(ORIGIN).seconds == 2.0
+    assert not (checkpoints.folder / "nowhere").exists()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.write_text("x"), lambda path: path.symlink_to("away")])
+def test_what_is_no_folder_of_checkpoints_means_that_none_is_kept(tmp_path, make, caplog):
+    make(tmp_path / "checkpoints")
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.find(ORIGIN) is None
+    assert not checkpoints.write(Checkpoint(ORIGIN, 1.0, SAVED))
+    assert "cannot be kept in the middle" in caplog.text
+    checkpoints.remove(ORIGIN.signature)
 
 
 def test_a_row_of_a_large_tensor_is_written_alone(checkpoints):

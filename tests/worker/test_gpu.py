@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from permissions import bound_by_permissions
 
 from fedsweep.worker import gpu
 from fedsweep.worker.gpu import GpuUnavailable, claim_gpu, get_available_gpu, list_gpus, release_gpu_lock
@@ -292,7 +294,11 @@ def test_a_zombie_holds_nothing(fake_nvml, locks):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no pid", b"\0\0\0\0", b"-1", b"0", b"1 2", b"99999999999999999999", b"9999999999", b"\xff\xfe"]
+    "content",
+    [
+        *(b"", b"no pid", b"\0\0\0\0", b"-1", b"0", b"1 2", b"99999999999999999999", b"9999999999", b"\xff\xfe"),
+        *(b"0x10", b"1e3", b"1.0", "１２".encode(), b'{"pid": 1}', b"x" * 100_000, b"12\n34\n"),
+    ],
 )
 def test_foreign_content_blocks_nobody(fake_nvml, locks, caplog, content):
     locks.mkdir()
@@ -316,20 +322,50 @@ def put_fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
+def put_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def put_loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def put_device(path: Path) -> None:
+    path.symlink_to("/dev/full")
+
+
+def put_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def put_what_may_not_be_written(path: Path) -> None:
+    path.write_text("")
+    path.chmod(0o444)
+
+
 @pytest.mark.parametrize(
     ("put", "reason"),
     [
-        (put_directory, "Is a directory"),
+        (put_directory, "it is not a plain file; delete it"),
         (put_link, "it is a symbolic link; delete it"),
         (put_fifo, "it is not a plain file; delete it"),
+        (put_dangling_link, "it is a symbolic link; delete it"),
+        (put_loop, "it is a symbolic link; delete it"),
+        (put_device, "it is a symbolic link; delete it"),
+        (put_socket, "it is not a plain file; delete it"),
+        (put_what_may_not_be_written, "Permission denied"),
     ],
 )
+@pytest.mark.timeout(20)
 def test_what_is_no_plain_file_is_no_lock_and_the_message_says_so(fake_nvml, locks, caplog, put, reason):
     locks.mkdir()
     path = locks / "gpu_0.lock"
     put(path)
-    assert get_available_gpu(locks) == 1
+    with bound_by_permissions():
+        assert get_available_gpu(locks) == 1
     assert f"GPU 0: its lock {path} cannot be used: {reason}" in caplog.text
+    assert not (locks / "nowhere").exists()
     if put is put_link:
         assert (locks / "target").read_text() == "precious"
     gpu._release_all()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from permissions import bound_by_permissions
 
 from fedsweep.worker import spool
 from fedsweep.worker.spool import Undelivered, pending, put, remove
@@ -205,6 +208,11 @@ def fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
+def bind_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
 NO_RESULTS: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "torn": lambda path: path.write_bytes(WHOLE[:-10]),
@@ -219,6 +227,20 @@ NO_RESULTS: dict[str, Callable[[Path], object]] = {
     "a huge number": lambda path: path.write_bytes(b'{"a":' + b"1" * 5000 + b"}"),
     "of another program": lambda path: path.write_bytes(b'{"name": "package", "version": 3}'),
     "wrong types": lambda path: path.write_bytes(b'{"task_id": 5, "attempt": 7, "result_data": {}}'),
+    "UTF-16": lambda path: path.write_bytes(WHOLE.decode().encode("utf-16")),
+    "a byte-order mark": lambda path: path.write_bytes(b"\xef\xbb\xbf" + WHOLE),
+    "compressed": lambda path: path.write_bytes(gzip.compress(WHOLE)),
+    "two results": lambda path: path.write_bytes(WHOLE + WHOLE),
+    "a result without its task": lambda path: path.write_bytes(b'{"attempt": 7, "result_data": {}}'),
+    "a result without its attempt": lambda path: path.write_bytes(b'{"task_id": "a", "result_data": {}}'),
+    "an attempt that is a word": lambda path: path.write_bytes(WHOLE.replace(b": 7", b': "7"')),
+    "an attempt that is true or false": lambda path: path.write_bytes(WHOLE.replace(b": 7", b": true")),
+    "a result that is a list": lambda path: path.write_bytes(b'{"task_id": "a", "attempt": 7, "result_data": []}'),
+    "nothing but NULs": lambda path: path.write_bytes(bytes(len(WHOLE))),
+    "a socket": bind_socket,
+    "a link to a FIFO": lambda path: (os.mkfifo(path.parent.parent / "fifo"), path.symlink_to("../fifo")),
+    "a link to a folder": lambda path: path.symlink_to("."),
+    "not readable": lambda path: (path.write_bytes(WHOLE), path.chmod(0)),
     "too large": lambda path: path.write_bytes(b" " * (spool.MAX_BYTES + 1)),
     "a folder": lambda path: path.mkdir(),
     "a folder with things in it": lambda path: (path / "sub").mkdir(parents=True),
@@ -241,7 +263,8 @@ def test_what_is_no_result_is_set_aside_and_the_others_are_delivered(
     path = folder / "0123-7.result.json"
     make(path)
     before = path.lstat()
-    assert waiting(folder) == [("b_0_1", 1, RESULT)]
+    with bound_by_permissions():
+        assert waiting(folder) == [("b_0_1", 1, RESULT)]
     aside = folder / "0123-7.result.json.1.unreadable"
     assert (aside.lstat().st_ino, aside.lstat().st_mode) == (before.st_ino, before.st_mode)
     assert not os.path.lexists(path)
@@ -256,11 +279,30 @@ def test_what_is_no_result_is_set_aside_and_the_others_are_delivered(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("cut", range(0, len(WHOLE), 7))
-def test_a_file_torn_at_any_byte_is_set_aside(tmp_path: Path, cut: int) -> None:
-    (tmp_path / "0123-7.result.json").write_bytes(WHOLE[:cut])
-    assert waiting(tmp_path) == []
-    assert [path.suffix for path in tmp_path.iterdir()] == [".unreadable"]
+def test_a_file_torn_at_any_byte_is_set_aside(tmp_path: Path) -> None:
+    for cut in range(len(WHOLE)):
+        (tmp_path / "0123-7.result.json").write_bytes(WHOLE[:cut])
+        assert waiting(tmp_path) == []
+        (aside,) = tmp_path.iterdir()
+        assert aside.name == "0123-7.result.json.1.unreadable"
+        assert aside.read_bytes() == WHOLE[:cut]
+        aside.unlink()
+
+
+@pytest.mark.parametrize("more", [b',"version":9}', b',"sweep":"another"}', b',"task_ids":[]}'])
+def test_a_result_of_a_newer_version_that_says_more_is_delivered(tmp_path: Path, more: bytes) -> None:
+    """The manager says whether the task is one of its sweep."""
+    (tmp_path / "0123-7.result.json").write_bytes(WHOLE[:-1] + more)
+    assert waiting(tmp_path) == [("a_0_1", 7, RESULT)]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.write_text("x"), lambda path: path.symlink_to("away")])
+def test_what_is_no_spool_folder_is_no_reason_to_wait(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "spool")
+    assert pending(tmp_path / "spool") == []
+    with pytest.raises(OSError, match="File exists"):
+        put(tmp_path / "spool", "a_0_1", 7, RESULT)
 
 
 def test_nothing_that_was_set_aside_is_overwritten(tmp_path: Path) -> None:
