@@ -21,6 +21,7 @@ from fedsweep.datasets import prepare
 from fedsweep.errors import FedsweepError, ManagerUnreachable, UsageError
 from fedsweep.files import read_word
 from fedsweep.launch.local import WRONG_USAGE, LocalSweep
+from fedsweep.manager import file_systems
 from fedsweep.manager.output_roots import check_output_dirs
 from fedsweep.manager.results import finished_signatures
 from fedsweep.manager.sources import read_sources, split_arguments
@@ -67,6 +68,8 @@ def run_sweep(request: RunRequest) -> int:
     check_output_dirs(config, grid, request.output_roots)
     say = _no_words if request.quiet or request.as_json else partial(Console().print, soft_wrap=True, highlight=False)
     say(_headline(grid))
+    if words := file_systems.warning(request.state_dir):
+        say(f"Note: {words}.")
     _fetch_data(grid, request.data_dir)
     num_workers, device = _workers_and_device(request, say)
     started_at = time.monotonic()

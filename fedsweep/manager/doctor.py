@@ -15,14 +15,15 @@ from typing import Any
 
 from fedsweep.errors import StateError
 from fedsweep.files import fsync
+from fedsweep.manager import file_systems
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.columns import FILE_NAME
 from fedsweep.manager.invariants import RESTORE, Violation, check, reading
 from fedsweep.manager.ledger import Ledger
 from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.mending import mend
+from fedsweep.manager.opening import open_database
 from fedsweep.manager.projection import Projection
-from fedsweep.manager.schema import open_database
 from fedsweep.manager.state_dir import LEDGER_FILE, STATUS_FILE, StateLock
 
 SOUND, UNSOUND = 0, 1
@@ -40,6 +41,7 @@ class Diagnosis:
     found: tuple[Violation, ...]
     left: tuple[Violation, ...]  # what does not hold now: all that was found, less what was repaired
     backups: tuple[str, ...] = ()  # of what was changed, each beside it
+    notes: tuple[str, ...] = ()  # what is not wrong, but worth knowing
 
     @property
     def exit_code(self) -> int:
@@ -62,13 +64,16 @@ def examine(state_dir: Path, *, repair: bool = False) -> Diagnosis:
     """
     if not os.path.lexists(state_dir / LEDGER_FILE):
         raise StateError(f"there is no {state_dir / LEDGER_FILE}; name the state directory of a sweep")
+    words = file_systems.warning(state_dir)
+    notes = () if words is None else (words,)
     with StateLock(state_dir):
-        found = tuple(check(state_dir))
-        if not repair or not found:
-            return Diagnosis(state_dir=str(state_dir), found=found, left=found)
-        _refuse_a_foreign_folder(state_dir)
-        backups = _repair(state_dir, found)
-        return Diagnosis(state_dir=str(state_dir), found=found, left=tuple(check(state_dir)), backups=tuple(backups))
+        found = left = tuple(check(state_dir))
+        backups: list[str] = []
+        if repair and found:
+            _refuse_a_foreign_folder(state_dir)
+            backups = _repair(state_dir, found)
+            left = tuple(check(state_dir))
+    return Diagnosis(state_dir=str(state_dir), found=found, left=left, backups=tuple(backups), notes=notes)
 
 
 def _refuse_a_foreign_folder(state_dir: Path) -> None:
@@ -173,10 +178,12 @@ def _as_json(diagnosis: Diagnosis) -> dict[str, Any]:
             for one in (*diagnosis.found, *(one for one in diagnosis.left if one not in diagnosis.found))
         ],
         "backups": list(diagnosis.backups),
+        "notes": list(diagnosis.notes),
     }
 
 
 def _lines(diagnosis: Diagnosis) -> Iterator[str]:
+    yield from (f"note: {words}" for words in diagnosis.notes)
     if not diagnosis.found:
         yield f"{diagnosis.state_dir}: sound; every result is there once, and the files say what the ledger does"
         return

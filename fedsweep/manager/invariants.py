@@ -37,14 +37,14 @@ from fedsweep.manager.csv_lines import BYTE_ORDER_MARK, Header, read_header, rea
 from fedsweep.manager.failures import CANCELLED_ERROR
 from fedsweep.manager.ledger import MAX_FAILURES, MAX_LOSSES
 from fedsweep.manager.ledger_view import LedgerView
+from fedsweep.manager.opening import open_database, refuse_what_is_no_ledger
 from fedsweep.manager.protocol import ResultData
 from fedsweep.manager.records import Row
-from fedsweep.manager.schema import open_database, refuse_what_is_no_ledger
 from fedsweep.manager.state_dir import LEDGER_FILE, STATUS_FILE
 
 RESTORE = (
-    "put a backup of the ledger in its place; without one, move the state directory away and start the sweep again: "
-    "rows in its results files count as done"
+    "put a backup of the ledger in its place, with its own log or none beside it; without one, move the state "
+    "directory away and start the sweep again: rows in its results files count as done"
 )
 # What SQLite says of indices and values; whatever else it finds is damage.
 _MENDABLE = re.compile(r"(missing from|wrong # of entries in|non-unique entry in) index|constraint failed")

@@ -16,10 +16,10 @@ from fedsweep.manager.enrolment import dump, enrol
 from fedsweep.manager.failure_view import FailureView
 from fedsweep.manager.failures import Failure
 from fedsweep.manager.ledger_view import LedgerView
+from fedsweep.manager.opening import open_database
 from fedsweep.manager.protocol import SCIENCE_FIELDS
 from fedsweep.manager.queue import choose
 from fedsweep.manager.records import Adoption, LedgerUnwritable, PlanChange, Task, UnknownAttempt, UnknownTask, Verdict
-from fedsweep.manager.schema import open_database
 from fedsweep.manager.state_json import State
 from fedsweep.manager.takeover import TakeOver, take_over
 from fedsweep.plan.grid import PlannedTask

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from fedsweep import __version__
 from fedsweep.errors import StateError, UsageError
-from fedsweep.manager import answers, service
+from fedsweep.manager import answers, file_systems, service
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.failures import Failure
 from fedsweep.manager.fleet import LIVE_S
@@ -371,6 +371,8 @@ class ExperimentManager:
         else:
             raise UsageError(f"{self.state_dir} has no tasks and no configuration is named; name a YAML file")
         check_known_dirs(self.sweep.ledger.view.output_dirs(), self.output_roots, str(self.state_dir))
+        if words := file_systems.warning(self.state_dir):
+            log.warning(words)
         self.load_completed_tasks()
         self.save_state()
         if self.stay or not self.check_all_complete() or not self._ended_in_order():

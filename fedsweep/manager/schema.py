@@ -1,17 +1,12 @@
-"""The ledger's file: its tables, its migrations, and opening it without ever mistaking another file for it."""
+"""The tables of the ledger's file, and the migrations that bring an older file to them."""
 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import uuid
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 
-from fedsweep.errors import StateError
-from fedsweep.files import fsync, make_folder
 from fedsweep.plan.cohort import cohort_key, expected_cost, sharing_key
 from fedsweep.plan.experiment import Experiment, RunOptions
 
@@ -154,86 +149,27 @@ END;
 MIGRATIONS = (_FIRST, _SECOND)  # the script at index n takes a file from version n to n + 1
 
 
-def open_database(path: Path, *, is_examined: bool = True) -> sqlite3.Connection:
-    """The database at `path`, made if there is none, brought to the newest version, held by this process alone.
-
-    Every page of it is looked at, unless `is_examined` says that the caller does so.
-
-    Raises:
-        StateError: what lies there is not a ledger that this version can use. Nothing was changed.
-    """
-    _remove_unfinished(path)
-    if not path.exists():
-        if _wal(path).exists():
-            raise StateError(f"{path} is missing but {_wal(path).name} is there; put the file back, or move both away")
-        _create(path)
-    refuse_what_is_no_ledger(path)
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    try:
-        _prepare(connection)
-        if is_examined:
-            _examine(connection)
-        _migrate(connection, path)
-    except BaseException as error:
-        connection.close()
-        if isinstance(error, sqlite3.DatabaseError):
-            reason = f"{path} cannot be used ({error}); move it away or name another --state-dir"
-            raise StateError(reason) from None
-        raise
-    return connection
-
-
-def _prepare(connection: sqlite3.Connection) -> None:
-    connection.row_factory = sqlite3.Row
-    # EXCLUSIVE before WAL: then no memory is shared with other processes, which network file systems cannot do.
-    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _examine(connection: sqlite3.Connection) -> None:
-    """Look at every page.
-
-    Raises:
-        sqlite3.DatabaseError: the file is damaged.
-    """
-    problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if problem != "ok":
-        raise sqlite3.DatabaseError(" ".join(str(problem).split()))
-
-
-def refuse_what_is_no_ledger(path: Path) -> None:
-    """Look at the header without opening the file as a database, which would already change it.
-
-    Raises:
-        StateError: this is no ledger; the message says what it is.
-    """
-    advice = "move it away or name another --state-dir"
-    if not path.is_file():
-        raise StateError(f"{path} is not a file; {advice}")
-    try:
-        with path.open("rb") as stream:
-            header = stream.read(100)
-    except OSError as error:
-        raise StateError(f"{path} cannot be read ({error.strerror}); {advice}") from None
-    if not header:
-        raise StateError(f"{path} is empty, so it is no state of fedsweep; {advice}")
-    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
-        raise StateError(f"{path} is not a state file of fedsweep; {advice}")
-    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
-        raise StateError(f"{path} belongs to another program; {advice}")
-
-
-def _migrate(connection: sqlite3.Connection, path: Path) -> None:
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(MIGRATIONS):
-        raise StateError(
-            f"{path} was written by a newer fedsweep (state version {version}; this one knows {len(MIGRATIONS)}); "
-            "install that version, or name another --state-dir"
-        )
+def migrate(connection: sqlite3.Connection, version: int = 0) -> None:
+    """Bring a file from this version to the newest, one transaction each."""
     for number in range(version, len(MIGRATIONS)):
         _run_script(connection, MIGRATIONS[number], number + 1)
+
+
+@lru_cache(maxsize=1)
+def columns_of_a_new_ledger() -> frozenset[str]:
+    """Every table and column that a ledger of the newest version has, as `tasks.number`."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        migrate(connection)
+        return columns(connection)
+    finally:
+        connection.close()
+
+
+def columns(connection: sqlite3.Connection) -> frozenset[str]:
+    """Every table and column of a database, as `tasks.number`."""
+    query = "SELECT t.name, c.name FROM sqlite_schema t JOIN pragma_table_xinfo(t.name) c WHERE t.type = 'table'"
+    return frozenset(f"{table}.{column}" for table, column in connection.execute(query))
 
 
 def _run_script(connection: sqlite3.Connection, script: str, version: int) -> None:
@@ -259,32 +195,3 @@ _DERIVED: dict[str, Callable[[str], str | float]] = {
     "sharing_of": lambda experiment: sharing_key(_experiment(experiment)),
     "cost_of": lambda experiment: expected_cost(_experiment(experiment)),
 }
-
-
-def _create(path: Path) -> None:
-    """Make a new ledger beside its place, whole and on disk, and only then move it there: a crash leaves no part."""
-    make_folder(path.parent)
-    unfinished = _unfinished(path)
-    connection = sqlite3.connect(unfinished, isolation_level=None)
-    try:
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        for number, script in enumerate(MIGRATIONS):
-            _run_script(connection, script, number + 1)
-        connection.execute("INSERT INTO meta VALUES ('ledger_id', ?)", (uuid.uuid4().hex[:8],))
-    finally:
-        connection.close()
-    os.replace(unfinished, path)
-    fsync(path.parent)
-
-
-def _remove_unfinished(path: Path) -> None:
-    for suffix in ("", "-journal"):
-        Path(f"{_unfinished(path)}{suffix}").unlink(missing_ok=True)
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f"{path.name}.new")
-
-
-def _wal(path: Path) -> Path:
-    return path.with_name(f"{path.name}-wal")

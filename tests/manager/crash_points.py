@@ -19,7 +19,7 @@ from typing import Any
 
 import conftest
 
-from fedsweep.manager import ExperimentManager, schema
+from fedsweep.manager import ExperimentManager, file_systems
 from fedsweep.manager.protocol import parse_request
 
 SWEEP = """\
@@ -92,9 +92,14 @@ class Plug:
             return connection
 
         real_connect = sqlite3.connect
-        schema.sqlite3.connect = connect  # type: ignore[assignment]
+        sqlite3.connect = connect  # type: ignore[assignment]
         os.write, os.replace = self.write, self.around("rename", real_replace)
         os.fsync = self.around("fsync", lambda descriptor: None)
+
+
+def keep_a_rollback_journal() -> None:
+    """Let all this happen as on a network file system."""
+    file_systems.mounts = lambda: [("/", "nfs4")]
 
 
 def run_sweep() -> None:
@@ -199,5 +204,7 @@ def crash_everywhere(root: Path, again_after: int | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    again = int(sys.argv[2]) if len(sys.argv) > 2 else None
+    again = int(sys.argv[2]) or None
+    if sys.argv[3] == "rollback":
+        keep_a_rollback_journal()
     print(json.dumps(crash_everywhere(Path(sys.argv[1]).resolve(), again)))

@@ -27,7 +27,7 @@ import torch
 from recording import recording
 from simulated_disk import Event, image, put_on_disk
 
-from fedsweep.manager import ExperimentManager
+from fedsweep.manager import ExperimentManager, file_systems
 from fedsweep.manager.invariants import check
 from fedsweep.manager.protocol import parse_request
 from fedsweep.worker import spool
@@ -210,6 +210,7 @@ def without(events: Sequence[Event], kind: str) -> list[Event]:
 KINDS: dict[str, Callable[[str, dict[int, str], int], bool]] = {
     "anything": lambda *_: True,
     "the ledger's log": lambda name, *_: name.endswith("-wal"),
+    "the ledger's journal": lambda name, *_: name.endswith("-journal"),
     "the ledger": lambda name, *_: name == "ledger.sqlite3",
     "results files": lambda name, *_: name.startswith((".final_results", "final_results")),
     "the spool": lambda name, *_: name.endswith((".part", ".result.json")),
@@ -324,6 +325,8 @@ def on_a_quick_disk() -> None:
 
 
 if __name__ == "__main__":
-    first, last = int(sys.argv[2]), int(sys.argv[3])
+    first, last, journal = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     on_a_quick_disk()
-    print(json.dumps(lose_power_often(Path(sys.argv[1]).resolve(), range(first, last), (sys.argv[4:] or [None])[0])))
+    if journal == "rollback":  # as on a network file system
+        file_systems.mounts = lambda: [("/", "nfs4")]
+    print(json.dumps(lose_power_often(Path(sys.argv[1]).resolve(), range(first, last), (sys.argv[5:] or [None])[0])))

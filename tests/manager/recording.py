@@ -135,7 +135,7 @@ def recording(root: Path) -> Iterator[Recorder]:
     connect = sqlite3.connect
     os.fsync, os.replace, os.rename = fsync, renaming("replace"), renaming("rename")
     os.unlink, os.remove = removing("unlink"), removing("remove")
-    sqlite3.connect = lambda path, **options: Connection(str(path))  # type: ignore[assignment, misc]
+    sqlite3.connect = lambda path, uri=False, **options: Connection(str(path), uri)  # type: ignore[assignment, misc]
     try:
         yield recorder
     finally:
@@ -210,8 +210,9 @@ class Connection:
 
     row_factory: Any = None
 
-    def __init__(self, path: str) -> None:
-        self._db = apsw.Connection(path, vfs="recording")
+    def __init__(self, path: str, uri: bool) -> None:
+        flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | (apsw.SQLITE_OPEN_URI if uri else 0)
+        self._db = apsw.Connection(path, flags=flags, vfs="recording")
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Cursor:
         return Cursor(self._db, sql, parameters)
@@ -225,6 +226,9 @@ class Connection:
 
     def create_function(self, name: str, count: int, function: Callable[..., Any], **options: Any) -> None:
         self._db.create_scalar_function(name, function, count, **options)
+
+    def interrupt(self) -> None:
+        self._db.interrupt()
 
     @property
     def in_transaction(self) -> bool:

@@ -13,11 +13,14 @@ import pytest
 SCRIPT = Path(__file__).with_name("crash_points.py")
 
 
-@pytest.mark.parametrize("again_after", [None, 5])
-def test_a_crash_at_any_point_needs_no_hand(tmp_path, again_after):
-    """Each point once; and once more with a second crash, some points into the recovery from the first."""
-    again = [] if again_after is None else [str(again_after)]
-    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path), *again], capture_output=True, text=True)
+@pytest.mark.parametrize(("again_after", "journal"), [(0, "log"), (5, "log"), (5, "rollback")])
+def test_a_crash_at_any_point_needs_no_hand(tmp_path, again_after, journal):
+    """Each point once; and again with a second crash, some points into the recovery from the first.
+
+    With SQLite's write-ahead log, and with a rollback journal as on a network file system.
+    """
+    arguments = [str(tmp_path), str(again_after), journal]
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["problems"] == []

@@ -14,9 +14,12 @@ import pytest
 SCRIPT = Path(__file__).with_name("power_loss.py")
 
 
-def lose_power(folder: Path, first: int, last: int, forgotten: str | None = None) -> dict[str, Any]:
+def lose_power(
+    folder: Path, first: int, last: int, forgotten: str | None = None, journal: str = "log"
+) -> dict[str, Any]:
     """Lose power for each seed from `first` to before `last`, with syncs of one kind forgotten if told so."""
-    arguments = [sys.executable, str(SCRIPT), str(folder), str(first), str(last), *([forgotten] if forgotten else [])]
+    forget = [forgotten] if forgotten else []
+    arguments = [sys.executable, str(SCRIPT), str(folder), str(first), str(last), journal, *forget]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
@@ -33,6 +36,19 @@ def test_nothing_that_was_promised_is_lost(tmp_path: Path, first: int) -> None:
     assert {kind for kind in moments if report["hits"].get(f"second {kind}")} >= {"write", "sync", "promise"}
     assert min(report["hits"]["ended"], report["hits"]["spooled"]) >= 5
     assert len(report["traces"]) >= 3
+
+
+def test_with_a_rollback_journal_nothing_is_lost_either(tmp_path: Path) -> None:
+    """What the ledger has on a network file system."""
+    report = lose_power(tmp_path, 0, 100, journal="rollback")
+    assert report["problems"] == []
+    moments = ("write", "sync", "rename", "promise", "name")
+    assert {kind for kind in moments if report["hits"].get(kind)} == set(moments), report["hits"]
+
+
+def test_a_journal_that_is_not_synced_would_be_found(tmp_path: Path) -> None:
+    problems = lose_power(tmp_path, 0, 40, "the ledger's journal", "rollback")["problems"]
+    assert problems
 
 
 @pytest.mark.parametrize(

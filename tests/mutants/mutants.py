@@ -27,7 +27,8 @@ class Mutant:
     tests: tuple[str, ...]  # arguments for pytest
 
 
-LEDGER, SCHEMA = "fedsweep/manager/ledger.py", "fedsweep/manager/schema.py"
+LEDGER = "fedsweep/manager/ledger.py"
+OPENING, SCHEMA = "fedsweep/manager/opening.py", "fedsweep/manager/schema.py"
 
 MUTANTS = (
     Mutant(
@@ -57,7 +58,7 @@ MUTANTS = (
     ),
     Mutant(
         "no fsync",
-        (Edit(SCHEMA, "PRAGMA synchronous = FULL", "PRAGMA synchronous = OFF"),),
+        (Edit(OPENING, "PRAGMA synchronous = FULL", "PRAGMA synchronous = OFF"),),
         ("tests/manager/test_ledger.py", "-k", "synced_before_they_are_acknowledged"),
     ),
     Mutant(
