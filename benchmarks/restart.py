@@ -3,10 +3,11 @@
     python benchmarks/restart.py                            # 10,000 and 100,000 tasks: about five minutes
     python benchmarks/restart.py --tasks 10000 --repeats 5 --json
 
-Every task is complete and has a row in each of two output folders, with a history of ten rounds. The manager is
-SIGKILLed and started again by the command that people type; the time runs from the start of that process, Python's own
-start included, to the first answer to a `request_task`. In the torn runs each results file has lost half of its last
-row, or all of its second half. The files are in the page cache, as they are after a kill (not after a power loss).
+Every task is complete and has a row in each of two output folders, with a history of ten rounds; but for one, which a
+worker holds, so that the manager does not end by itself. The manager is SIGKILLed and started again by the command that
+people type; the time runs from the start of that process, Python's own start included, to the first answer to a
+`request_task`. In the torn runs each results file has lost half of its last row, or all of its second half. The files
+are in the page cache, as they are after a kill (not after a power loss).
 On a machine that does other things meanwhile, compare the CPU seconds: starting is the work of one thread.
 """
 
@@ -97,15 +98,6 @@ def result_of(number: int) -> dict[str, Any]:
 # ---- starting and killing
 
 
-def finish() -> None:
-    """Complete the last task by a manager that is killed once it has acknowledged the result."""
-    process, _, answer = start()
-    task = answer["task"]
-    result = {"task_id": task["task_id"], "attempt": task["attempt"], "result_data": result_of(0)}
-    assert ask(type="submit_result", **result) == {"type": "ack", "status": "accepted"}
-    kill(process)
-
-
 def start() -> tuple[subprocess.Popen[bytes], float, Any]:
     """Start the manager of the current folder; it, the seconds until it served a request, and the answer."""
     (STATE / "manager.json").unlink(missing_ok=True)
@@ -184,7 +176,7 @@ def measure(num_tasks: int, repeats: int) -> list[dict[str, Any]]:
         os.chdir(folder)
         try:
             build(num_tasks)
-            finish()
+            kill(start()[0])
             whole = sizes()
             for case, change in CASES.items():
                 seconds, cpu = [], []
@@ -193,7 +185,7 @@ def measure(num_tasks: int, repeats: int) -> list[dict[str, Any]]:
                     process, took, answer = start()
                     cpu.append(kill(process))
                     seconds.append(took)
-                    assert answer == {"type": "no_task", "done": True, "retry_after": 5.0}, answer
+                    assert answer["type"] == "no_task", answer
                     assert sizes() == whole, f"{case}: {sizes()} bytes where there were {whole}"
                 found.append(
                     {

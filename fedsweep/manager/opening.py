@@ -80,8 +80,9 @@ def _refuse_journals_alone(path: Path) -> None:
 
 
 def _refuse_what_cannot_be_written(path: Path) -> None:
+    as_effective = os.access in os.supports_effective_ids
     for place in (path, path.parent):  # SQLite makes its log in the folder
-        if not os.access(place, os.W_OK):
+        if not os.access(place, os.W_OK, effective_ids=as_effective):
             raise StateError(f"{place} may not be written by you; let it be written, or name another --state-dir")
 
 

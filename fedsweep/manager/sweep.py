@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,14 +68,13 @@ class OpenSweep:
         self.lease_s = lease_s
         self.hands_out = True
         self.ending: Ending | None = None  # why workers are told that there is no more for them
-        self._held = StateLock(state_dir)
-        try:
+        with ExitStack() as opened:
+            self._held = opened.enter_context(StateLock(state_dir))
             self.ledger = Ledger(state_dir / LEDGER_FILE, clock)
+            opened.callback(self.ledger.close)
             self.token = ensure_token(state_dir / TOKEN_FILE)
             fsync(state_dir)  # workers elsewhere have this token
-        except BaseException:
-            self._held.release()
-            raise
+            opened.pop_all()
         self.projection = Projection(self.ledger, clock)
         self.fleet = Fleet(clock, expected_workers)
         self.fleet.set_aside = [SetAside.read(each) for each in json.loads(self.ledger.view.meta("set_aside") or "[]")]

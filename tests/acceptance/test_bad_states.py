@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ seeds: [1, 2]
 first: {combinations: [{poison_ratio: [0.0, 0.5]}]}
 second: {combinations: [{poison_ratio: [0.5, 0.75]}]}
 """
+Call = Callable[..., subprocess.CompletedProcess[str]]
 STATE, LEDGER, WAL = Path(".fedsweep"), Path(".fedsweep/ledger.sqlite3"), Path(".fedsweep/ledger.sqlite3-wal")
 NEWER = len(MIGRATIONS) + 1
 # Run a sweep and die with three results in the log beside the ledger.
@@ -55,6 +56,25 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         preexec_fn=give_up_privileges,
     )
+
+
+@pytest.fixture(scope="module")
+def quickly() -> Iterator[Call]:
+    """As `call`, in a process that is forked from one that has everything imported."""
+    script = Path(__file__).resolve().parents[1] / "support/forked_commands.py"
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as commands:
+        assert commands.stdin is not None
+        assert commands.stdout is not None
+
+        def call_quickly(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+            commands.stdin.write(json.dumps([str(folder), arguments]) + "\n")
+            commands.stdin.flush()
+            return subprocess.CompletedProcess(arguments, *json.loads(commands.stdout.readline()))
+
+        yield call_quickly
+        commands.stdin.close()
 
 
 def everything(folder: Path) -> dict[str, tuple[int, bytes | str]]:
@@ -253,14 +273,14 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
 def test_a_bad_state_is_told_in_one_line_and_left_as_it_is(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: Bad
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quickly: Call, bad: Bad
 ) -> None:
     folder = shutil.copytree(finished, tmp_path / "sweep")
     monkeypatch.chdir(folder)
     bad.make()
     before = everything(folder)
     try:
-        ended = call(folder, "manager", "sweep.yaml", "--port", "0")
+        ended = quickly(folder, "manager", "sweep.yaml", "--port", "0")
         assert everything(folder) == before
     finally:
         STATE.chmod(0o755) if STATE.is_dir() else None
@@ -278,28 +298,35 @@ def assert_refused(ended: subprocess.CompletedProcess[str], words: str) -> None:
 
 
 def test_an_address_that_cannot_be_written_is_told_and_no_result_is_touched(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quickly: Call
 ) -> None:
     """It is written once all is ready; no worker would find this manager."""
     folder = shutil.copytree(finished, tmp_path / "sweep")
     monkeypatch.chdir(folder)
     (STATE / "manager.json").mkdir()
     before = everything(folder / "out")
-    ended = call(folder, "manager", "sweep.yaml", "--port", "0")
+    ended = quickly(folder, "manager", "sweep.yaml", "--port", "0")
     assert_refused(ended, "manager.json cannot be written (Is a directory), and workers look there; move away what is")
     assert everything(folder / "out") == before
 
 
-@pytest.mark.parametrize("name", ["empty", "cut in the middle", "a newer version", "a FIFO", "a link to nothing"])
-def test_run_says_it_in_the_same_line(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        *(("manager", name) for name in ("empty", "a FIFO", "not writable")),
+        *(("run", name) for name in ("cut in the middle", "a newer version", "a link to nothing")),
+    ],
+)
+def test_a_process_that_a_person_starts_says_the_same(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
 ) -> None:
     folder = shutil.copytree(finished, tmp_path / "sweep")
     monkeypatch.chdir(folder)
     BAD[name].make()
     before = everything(folder)
-    ended = call(folder, "run", "sweep.yaml", "--device", "cpu", "--quiet")
-    shutil.rmtree(STATE / "logs")
+    options = ["--port", "0"] if command == "manager" else ["--device", "cpu", "--quiet"]
+    ended = call(folder, command, "sweep.yaml", *options)
+    shutil.rmtree(STATE / "logs", ignore_errors=True)
     assert everything(folder) == before
     assert_refused(ended, BAD[name].words)
 
@@ -350,24 +377,24 @@ def migrate_in_the_log() -> None:
     ("words", "make"), [(UNUSABLE, damage), (NEW, migrate_in_the_log)], ids=["damaged", "a newer version in the log"]
 )
 def test_a_bad_state_keeps_its_log(
-    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, make: Callable[[], None]
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quickly: Call, words: str, make: Callable[[], None]
 ) -> None:
     folder = shutil.copytree(killed, tmp_path / "sweep")
     monkeypatch.chdir(folder)
     make()
     before = everything(folder)
-    assert_refused(call(folder, "manager", "sweep.yaml", "--port", "0"), words)
+    assert_refused(quickly(folder, "manager", "sweep.yaml", "--port", "0"), words)
     assert everything(folder) == before
 
 
 def test_the_log_of_another_ledger_is_not_mixed_into_this_one(
-    finished: Path, killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quickly: Call
 ) -> None:
     folder = shutil.copytree(finished, tmp_path / "sweep")
     monkeypatch.chdir(folder)
     shutil.copy(killed / WAL, WAL)
     before = everything(folder)
-    ended = call(folder, "manager", "sweep.yaml", "--port", "0")
+    ended = quickly(folder, "manager", "sweep.yaml", "--port", "0")
     assert_refused(ended, "ledger.sqlite3-wal is the log of another ledger; move it away")
     assert everything(folder) == before
 

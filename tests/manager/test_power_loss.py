@@ -40,14 +40,14 @@ def test_nothing_that_was_promised_is_lost(tmp_path: Path, first: int) -> None:
 
 def test_with_a_rollback_journal_nothing_is_lost_either(tmp_path: Path) -> None:
     """What the ledger has on a network file system."""
-    report = lose_power(tmp_path, 0, 100, journal="rollback")
+    report = lose_power(tmp_path, 0, 60, journal="rollback")
     assert report["problems"] == []
     moments = ("write", "sync", "rename", "promise", "name")
     assert {kind for kind in moments if report["hits"].get(kind)} == set(moments), report["hits"]
 
 
 def test_a_journal_that_is_not_synced_would_be_found(tmp_path: Path) -> None:
-    problems = lose_power(tmp_path, 0, 40, "the ledger's journal", "rollback")["problems"]
+    problems = lose_power(tmp_path, 0, 24, "the ledger's journal", "rollback")["problems"]
     assert problems
 
 
