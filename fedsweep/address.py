@@ -74,7 +74,7 @@ def shown(text: str) -> str:
 
 def known_address(state_dir: Path) -> Address | None:
     """Where the manager of this state directory listens, as it left word; None where none does."""
-    match read_word(state_dir / ADDRESS_FILE):
+    match {"pin": None, **read_word(state_dir / ADDRESS_FILE)}:
         case {"host": str(host), "port": int(port), "pin": str() | None as pin} if 0 < port < 65536:
             return Address(host, port, pin)
     return None
