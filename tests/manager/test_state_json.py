@@ -7,12 +7,12 @@ import logging
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from fedsweep.errors import ConfigError, StateError
-from fedsweep.manager.records import UnknownAttempt
-from fedsweep.manager.state_json import STATUSES
+from fedsweep.manager.records import Status, UnknownAttempt
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -164,29 +164,106 @@ def test_every_problem_of_a_state_is_told_and_nothing_is_changed(managers, folde
     assert '"label_flop" is not a poison type; did you mean "label_flip"?' in message
     assert 'tasks.first_1_42.config.agregator: there is no such parameter; did you mean "aggregator"?' in message
     assert "tasks.first_1_42.config.depth: -1 is not allowed" in message
-    assert "tasks.first_2_42.status: 'lost' is no status (pending, assigned, complete, failed)" in message
+    assert "tasks.first_2_42.status: \"lost\"; expected 'pending', 'assigned', 'complete' or 'failed'" in message
     assert 'tasks.x: expected a task with a "config"' in message
-    assert "tasks.first_4_42.assigned_at: 'yesterday' is no time in ISO 8601" in message
+    assert 'tasks.first_4_42.assigned_at: "yesterday"; expected a time in ISO 8601' in message
     assert len(caught.value.problems) == 7
     assert len(manager.tasks) == 0
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is not JSON"),
-        ('{"tasks": {', "is not JSON"),
-        ("[]", 'it has no "tasks"'),
-        ('{"tasks": []}', 'it has no "tasks"'),
-        ('{"tasks": {}, "format": "fedsweep-state", "version": 2}', "written by a newer fedsweep or another program"),
-    ],
-)
+NO_STATES = {
+    "nothing": ("", "is not JSON as it is read here (Expecting value at character 0: "),
+    "cut off": ('{"tasks": {', "is not JSON as it is read here (Expecting property name enclosed in double quotes at"),
+    "a list": ("[]", 'is no state of an experiment manager: it has no "tasks"'),
+    "tasks in a list": ('{"tasks": []}', 'is no state of an experiment manager: it has no "tasks"'),
+    "a newer one": (
+        '{"tasks": {}, "format": "fedsweep-state", "version": 2}',
+        "was written by a newer fedsweep or another program",
+    ),
+    "nesting": ('{"tasks": ' + "[" * 100_000, "may nest at most 32 levels"),
+    "a key twice": ('{"tasks": {}, "tasks": {}}', 'the key "tasks" stands twice'),
+    "Infinity": ('{"tasks": {}, "last_attempt": Infinity}', "Infinity is not a JSON number"),
+    "a number without end": (
+        '{"tasks": {}, "last_attempt": ' + "9" * 5000 + "}",
+        "a number has 5,000 digits; at most 400",
+    ),
+    "half a surrogate pair": ('{"tasks": {"\\ud800": {}}}', "a string has half of a surrogate pair"),
+    "a byte-order mark": ("\ufeff{}", "expected UTF-8 without a byte-order mark"),
+    "an attempt that is no number": (
+        '{"tasks": {}, "last_attempt": "7"}',
+        'last_attempt is "7"; expected a whole number',
+    ),
+    "attempts beyond what SQLite counts": (
+        json.dumps({"tasks": {}, "last_attempt": 2**63 - 1}),
+        "last_attempt is 9223372036854775807; expected at most 4,611,686,018,427,387,904",
+    ),
+    "results in a list": ('{"tasks": {}, "results": [1]}', "results is [1]; expected an object"),
+    "assigned tasks in a list": ('{"tasks": {}, "assigned_tasks": [1]}', "assigned_tasks is [1]; expected an object"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), NO_STATES.values(), ids=NO_STATES.keys())
 def test_files_that_are_no_state_are_refused_in_one_line(managers, folder, content, message):
     (folder / "state.json").write_text(content)
-    with pytest.raises(StateError, match=message) as caught:
+    with pytest.raises(StateError) as caught:
         managers(None).load_state("state.json")
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("state.json ")
+    assert message in str(caught.value)
+    assert str(caught.value).endswith("; nothing was changed")
+    assert str(caught.value).isprintable()
     assert caught.value.exit_code == 2
+
+
+WRONG_TASKS = {
+    "a huge number": ({"retry_count": 10**30}, "retry_count: 1000000000000000000000000000000; expected at most 1,000,"),
+    "a number that is none": ({"losses": "many"}, 'losses: "many"; expected a whole number'),
+    "an error that is no text": ({"last_error": {"a": 1}}, 'last_error: {"a": 1}; expected a string'),
+    "a holder that is no name": ({"assigned_to": ["w"]}, 'assigned_to: ["w"]; expected a string'),
+    "a time that no clock shows": (
+        {"assigned_at": "9999-12-31T23:59:59-23:59"},
+        '-23:59"; expected a time in ISO 8601',
+    ),
+    "a time that is a number": ({"assigned_at": 5}, "assigned_at: 5; expected a time in ISO 8601"),
+    "NUL in a folder": ({"output_dir": "a\0b"}, 'output_dir: "a\\u0000b"; it has a character that cannot be printed'),
+    "an empty folder": ({"output_dirs": [""]}, 'output_dirs.0: ""; expected at least 1 character'),
+    "a name that acts on a terminal": (
+        {"phase": "\x1b[2J"},
+        'phase: "\\u001b[2J"; it has a character that cannot be printed',
+    ),
+    "a name without end": ({"task_id": "x" * 300}, "...; expected at most 256 characters"),
+    "a cell without a phase": ({"cells": [{"output_dir": "o", "config": {}}]}, "cells.0.phase: missing"),
+    "a cell of another experiment": (
+        {"cells": [{"phase": "p", "output_dir": "o", "config": {"depth": 5}}]},
+        "cells.0.config: another experiment than that of the task",
+    ),
+    "a wrong value in a cell": (
+        {"cells": [{"phase": "p", "output_dir": "o", "config": {"depth": "x"}}]},
+        'cells.0.config.depth: "x" is a string; depth is a whole number from 0 to 1,024',
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG_TASKS.values(), ids=WRONG_TASKS.keys())
+def test_a_task_with_a_wrong_field_is_refused_in_one_line_and_nothing_is_changed(managers, folder, fields, message):
+    task = old_task(0) | fields
+    (folder / "state.json").write_text(json.dumps({"tasks": {"first_0_42": task, "first_1_42": old_task(1)}}))
+    manager = managers(None)
+    with pytest.raises(ConfigError) as caught:
+        manager.load_state("state.json")
+    [problem] = caught.value.problems
+    assert str(problem).startswith("state.json: tasks.first_0_42.")
+    assert message in str(problem)
+    assert str(problem).isprintable()
+    assert len(str(problem)) < 300
+    assert len(manager.tasks) == 0
+
+
+def test_a_key_that_acts_on_a_terminal_is_shown_escaped(managers, folder):
+    (folder / "state.json").write_text(json.dumps({"tasks": {"\x1b[2J" * 100: 1}}))
+    with pytest.raises(ConfigError) as caught:
+        managers(None).load_state("state.json")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
 
 
 def test_only_json_files_are_read_and_written_by_path(managers, folder):
@@ -222,7 +299,7 @@ def test_our_state_can_be_read_by_people(busy, folder, clock):
     assert state["saved_at"] == clock.now().isoformat()
     task = next(task for task in state["tasks"].values() if task["status"] == "assigned")
     assert datetime.fromisoformat(task["assigned_at"]) == clock.now()
-    counts = {status: sum(t["status"] == status for t in state["tasks"].values()) for status in STATUSES}
+    counts = {status: sum(t["status"] == status for t in state["tasks"].values()) for status in get_args(Status)}
     assert counts == {"pending": 5, "assigned": 1, "complete": 1, "failed": 1}
     assert state["completed_tasks"] == list(busy.completed_tasks)
     assert set(state["assigned_tasks"]) == set(busy.assigned_tasks)
