@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,17 +39,26 @@ def read_results(folder: str | Path) -> pd.DataFrame:
     Raises:
         DataError: there is no such file, or it is none of results.
     """
-    import pandas as pd
-
     path = Path(folder) / FILE_NAME
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    missing = [name for name in RESULT_COLUMNS if name not in rows]
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_results(str(path), content)
+
+
+def parse_results(name: str, content: bytes) -> pd.DataFrame:
+    """The rows that stand in a file of this name; see `read_results`."""
+    import pandas as pd
+
+    try:
+        rows = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except ValueError as error:
+        raise DataError(f"{name} cannot be read: {' '.join(str(error).split())}") from None
+    missing = [column for column in RESULT_COLUMNS if column not in rows]
     if missing:
-        raise DataError(f"{path} is no results file: it has no column {missing[0]}")
-    return rows.assign(**{name: _typed(name, rows[name]) for name in map(str, rows.columns)})
+        raise DataError(f"{name} is no results file: it has no column {missing[0]}")
+    return rows.assign(**{column: _typed(column, rows[column]) for column in map(str, rows.columns)})
 
 
 def _typed(name: str, fields: pd.Series[str]) -> pd.Series[Any]:
