@@ -186,7 +186,7 @@ def decode(raw: bytes) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise ProtocolError("bad_encoding", "a string has half of a surrogate pair") from None
     except json.JSONDecodeError as error:
-        found = shown(text[error.pos : error.pos + SHOWN])
+        found = shown(text[error.pos : error.pos + SHOWN]) if error.pos < len(text) else "the end"
         raise ProtocolError("bad_json", f"{error.msg.removesuffix(' at')} at character {error.pos}: {found}") from None
     except RecursionError:
         raise ProtocolError("too_deep", f"a message may nest at most {MAX_DEPTH} levels") from None

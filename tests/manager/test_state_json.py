@@ -172,7 +172,7 @@ def test_every_problem_of_a_state_is_told_and_nothing_is_changed(managers, folde
 
 
 NO_STATES = {
-    "nothing": ("", "is not JSON as it is read here (Expecting value at character 0: "),
+    "nothing": ("", "is not JSON as it is read here (Expecting value at character 0: the end)"),
     "cut off": ('{"tasks": {', "is not JSON as it is read here (Expecting property name enclosed in double quotes at"),
     "a list": ("[]", 'is no state of an experiment manager: it has no "tasks"'),
     "tasks in a list": ('{"tasks": []}', 'is no state of an experiment manager: it has no "tasks"'),
