@@ -135,7 +135,7 @@ def read_result(row: Mapping[str, str]) -> dict[str, Any]:
     try:
         return ResultData(**{"mean_test_acc": None, **values}).model_dump(mode="json", exclude_unset=True)
     except ValidationError as error:
-        name, what = wrong_fields(error, ResultData)[0]
+        name, what = next(wrong_fields(error, ResultData))
         raise ValueError(f"{name} {what}") from None
 
 

@@ -291,8 +291,8 @@ class ResultData(BaseModel):
     fedsweep_version: Id | None = None
     torch_version: Id | None = None
     finished_at: Id | None = None
-    history: tuple[RoundRecord, ...] = ()
-    per_class_test_acc: tuple[Share | None, ...] | None = None
+    history: Annotated[tuple[RoundRecord, ...], Field(fail_fast=True)] = ()
+    per_class_test_acc: Annotated[tuple[Share | None, ...], Field(fail_fast=True)] | None = None
 
     @field_validator("mean_test_acc")
     @classmethod
@@ -418,7 +418,7 @@ class Heartbeat(_Request):
     type: Literal["heartbeat"]
     worker_id: Id
     device: Id | None = None
-    tasks: Annotated[tuple[TaskProgress, ...], Field(max_length=4096)] = ()
+    tasks: Annotated[tuple[TaskProgress, ...], Field(fail_fast=True, max_length=4096)] = ()
 
 
 class ShowTask(_Request):
@@ -438,14 +438,14 @@ class Retry(_Request):
     """Failed tasks shall be tried again."""
 
     type: Literal["retry"]
-    names: Annotated[tuple[Id, ...], Field(max_length=4096)] = ()
+    names: Annotated[tuple[Id, ...], Field(fail_fast=True, max_length=4096)] = ()
 
 
 class Cancel(_Request):
     """Tasks shall not be run."""
 
     type: Literal["cancel"]
-    names: Annotated[tuple[Id, ...], Field(min_length=1, max_length=4096)]
+    names: Annotated[tuple[Id, ...], Field(fail_fast=True, min_length=1, max_length=4096)]
 
 
 class Drain(_Request):
@@ -493,7 +493,7 @@ def parse_request(message: Mapping[str, Any]) -> Request:
     try:
         return REQUESTS[kind].model_validate(message)
     except ValidationError as error:
-        path, what = wrong_fields(error, REQUESTS[kind])[0]
+        path, what = next(wrong_fields(error, REQUESTS[kind]))
         raise ProtocolError("bad_field", f"{kind}: {path} {what}") from None
 
 

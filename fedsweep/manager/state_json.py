@@ -204,7 +204,7 @@ def _read_file(name: str, content: bytes) -> _File:
     try:
         return _File.model_validate(message)
     except ValidationError as error:
-        path, what = wrong_fields(error, _File)[0]
+        path, what = next(wrong_fields(error, _File))
         raise StateError(f"{name} is no state of an experiment manager: {path} {what}; {ADVICE}") from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -42,18 +42,18 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
-def wrong_fields(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
-    """Every field of a message that is wrong.
+def wrong_fields(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Every field of a message that is wrong, one by one.
 
     Args:
         error: what `model` raised.
         model: the type of the message, whose fields are named where one is unknown.
 
-    Returns:
-        For each where it stands, as in `history.0.round`, and what is wrong with it.
+    Yields:
+        Where it stands, as in `history.0.round`, and what is wrong with it.
     """
-    problems = error.errors(include_url=False)
-    return [(_path(problem["loc"]), _what(problem, model)) for problem in problems]
+    for problem in error.errors(include_url=False):
+        yield _path(problem["loc"]), _what(problem, model)
 
 
 def _path(place: tuple[int | str, ...]) -> str:

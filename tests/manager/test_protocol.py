@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
 from fedsweep.errors import ProtocolError
 from fedsweep.manager.protocol import (
@@ -237,6 +238,23 @@ def test_a_result_may_be_as_short_as_old_clients_send_it_and_may_echo_parameters
     assert result.mean_test_acc == 1.0
     assert (result.outcome, result.std_test_acc, result.history) == ("ok", 0.0, ())
     assert result.model_dump(exclude_unset=True) == {"mean_test_acc": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (model, name)
+        for model in (*REQUESTS.values(), ResultData)
+        for name, field in model.model_fields.items()
+        if "tuple" in str(field.annotation)
+    ],
+)
+def test_of_a_list_of_wrong_values_the_first_is_looked_at(model: type[BaseModel], name: str) -> None:
+    """A message of 1 MB has room for half a million of them, and to note each would hold up everybody else."""
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({name: [{}, {}, {}]})
+    places = {problem["loc"][:2] for problem in caught.value.errors()}
+    assert {place for place in places if place[0] == name and len(place) > 1} == {(name, 0)}
 
 
 def test_a_diverged_result_has_no_accuracy() -> None:
