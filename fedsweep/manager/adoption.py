@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from fedsweep.manager.columns import METRICS, PARAMETERS, unguard
 from fedsweep.manager.enrolment import MATCH_PARAMETERS, join
 from fedsweep.manager.protocol import ResultData
+from fedsweep.manager.wrong_fields import wrong_fields
 from fedsweep.plan.experiment import Experiment, check_value
 
 TEXT_FIELDS = ("outcome", "device", "plan", "worker", "fedsweep_version", "torch_version", "finished_at")
@@ -134,8 +135,8 @@ def read_result(row: Mapping[str, str]) -> dict[str, Any]:
     try:
         return ResultData(**{"mean_test_acc": None, **values}).model_dump(mode="json", exclude_unset=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{first['loc'][0]}: {first['msg']}") from None
+        name, what = next(wrong_fields(error, ResultData))
+        raise ValueError(f"{name} {what}") from None
 
 
 def _number(name: str, field: str) -> float | int:

@@ -70,7 +70,7 @@ def _submit_result(sweep: OpenSweep, request: SubmitResult, legacy: bool) -> dic
 
 def _task_complete(sweep: OpenSweep, request: TaskComplete, legacy: bool) -> dict[str, Any]:
     if not sweep.has_result(request.task_id, request.worker_id):
-        raise ProtocolError("no_result", f"task {request.task_id!r} has no result here; send submit_result first")
+        raise ProtocolError("no_result", f"task {request.task_id[:80]!r} has no result here; send submit_result first")
     return ACK
 
 

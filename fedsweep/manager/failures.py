@@ -13,10 +13,11 @@ SHOWN_CAUSE = 300  # characters of a message that tell one cause from another
 LOST, CANCELLED = "lost", "cancelled"  # groups of tasks that failed without raising anything
 CANCELLED_ERROR = "cancelled; `fedsweep retry` brings it back"  # the last error of a cancelled task, and of no other
 
-# What may differ between two failures of one cause, and what stands for it. Paths first: they hold numbers.
+# What may differ between two failures of one cause, and what stands for it. Paths first: they hold numbers. A worker
+# sends what it likes, so none may begin again at each letter of a long word.
 _VARYING = (
     (re.compile(r"\b(?:GPU-)?[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b", re.IGNORECASE), "ID"),
-    (re.compile(r"(?:~|\.{1,2})?(?:/[^\s/'\":,;()\[\]<>]+)+/?|[\w.@+-]+(?:/[\w.@+-]+)+"), "PATH"),
+    (re.compile(r"(?:~|\.{1,2})?(?:/[^\s/'\":,;()\[\]<>]+)+/?|(?<![\w.@+-])[\w.@+-]+(?:/[\w.@+-]+)+"), "PATH"),
     (re.compile(r"0x[0-9a-f]+", re.IGNORECASE), "ADDRESS"),
     (re.compile(r"\b(?=[a-f]*[0-9])(?=[0-9]*[a-f])[0-9a-f]{8,}\b"), "ID"),
     (re.compile(r"[-+]?\d+(?:[.,:]\d+)*(?:e[-+]?\d+)?"), "N"),

@@ -350,7 +350,7 @@ class Ledger:
             known = db.execute("SELECT 1 FROM attempts WHERE number = ? AND task = ?", (attempt, task)).fetchone()
         if known is None:
             which = "was never handed out" if attempt is None else f"has no attempt {attempt}"
-            raise UnknownAttempt(f"task {task_id!r} {which}")
+            raise UnknownAttempt(f"task {task_id[:80]!r} {which}")
 
     def _store_result(
         self,

@@ -232,7 +232,9 @@ class ExperimentManager:
 
     def generate_all_tasks(self) -> PlanChange:
         """Make the experiments of the configurations the tasks of the ledger; what is known of them is kept."""
-        grid = self.generate_experiments()
+        return self._store(self.generate_experiments())
+
+    def _store(self, grid: Grid) -> PlanChange:
         with self.lock:
             change = self.sweep.ledger.store_plan(grid.tasks, self._digest)
             self.sweep.ledger.set_meta("duplicates", str(grid.duplicates))
@@ -364,8 +366,12 @@ class ExperimentManager:
     def _run(self) -> int:
         if self.configs:
             self.load_all_configs()
+        is_first_start = not Path(self.state_file).exists()
+        grid = self.generate_experiments() if self.configs and is_first_start else None  # or refused: nothing is made
         if self.load_state():
             self._note(PlanChange(added=0, kept=len(self.tasks), removed=0, restored=0))
+        elif grid is not None:
+            self._store(grid)
         elif self.configs:
             self.generate_all_tasks()
         else:

@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from fedsweep.errors import ProtocolError
+from fedsweep.manager.wrong_fields import SHOWN, shown, wrong_fields
 
 MAX_MESSAGE = 1024 * 1024  # bytes
 MAX_DEPTH = 32
@@ -36,7 +37,6 @@ MAX_CONNECTIONS = 2048
 REQUEST_TIMEOUT_S = 10.0
 LEGACY_ANSWER = 8192  # bytes that an old client reads of an answer
 LEGACY_ACK = 1024
-SHOWN = 80  # characters of a wrong value that a message repeats
 MAX_DIGITS = 400  # of one number
 MAX_ERROR = 8_000  # characters that are kept of what a failed task raised
 MAX_REASON = 500  # characters of the message of an error, so that old clients can read it
@@ -165,15 +165,6 @@ class FrameReader:
         return not self.in_string
 
 
-def shown(value: object) -> str:
-    """A value for an error message: as JSON in ASCII, cut at 80 characters."""
-    try:
-        text = json.dumps(value, ensure_ascii=True, default=str)
-    except ValueError:
-        text = json.dumps(str(value))
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
-
-
 def decode(raw: bytes) -> dict[str, Any]:
     """The object in `raw`, read strictly.
 
@@ -195,7 +186,8 @@ def decode(raw: bytes) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise ProtocolError("bad_encoding", "a string has half of a surrogate pair") from None
     except json.JSONDecodeError as error:
-        raise ProtocolError("bad_json", f"{error.msg} at character {error.pos}") from None
+        found = shown(text[error.pos : error.pos + SHOWN]) if error.pos < len(text) else "the end"
+        raise ProtocolError("bad_json", f"{error.msg.removesuffix(' at')} at character {error.pos}: {found}") from None
     except RecursionError:
         raise ProtocolError("too_deep", f"a message may nest at most {MAX_DEPTH} levels") from None
     if not isinstance(message, dict):
@@ -251,10 +243,12 @@ def _printable(text: str) -> str:
 def _legible_end(text: str) -> str:
     """The end of what was raised (which says most), as text that does nothing to a terminal."""
     kept = text[-MAX_ERROR:]
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in kept)
+    plain = (letter if letter.isprintable() or letter in "\n\t" else f"\\x{ord(letter):02x}" for letter in kept)
+    return "".join(plain)[-MAX_ERROR:]
 
 
 Id = Annotated[Name, AfterValidator(_printable)]
+Error = Annotated[StrictStr, AfterValidator(_legible_end)]
 Key = Annotated[StrictStr, Field(min_length=1), AfterValidator(_printable)]  # as long as the path of a data set may be
 
 
@@ -297,8 +291,8 @@ class ResultData(BaseModel):
     fedsweep_version: Id | None = None
     torch_version: Id | None = None
     finished_at: Id | None = None
-    history: tuple[RoundRecord, ...] = ()
-    per_class_test_acc: tuple[Share | None, ...] | None = None
+    history: Annotated[tuple[RoundRecord, ...], Field(fail_fast=True)] = ()
+    per_class_test_acc: Annotated[tuple[Share | None, ...], Field(fail_fast=True)] | None = None
 
     @field_validator("mean_test_acc")
     @classmethod
@@ -382,10 +376,10 @@ class TaskFailed(_Request):
     type: Literal["task_failed"]
     task_id: Id
     worker_id: Id
-    error: Annotated[StrictStr, AfterValidator(_legible_end)]
+    error: Error
     attempt: Count | None = None
     exception: Id | None = None
-    message: Annotated[StrictStr, AfterValidator(_legible_end)] | None = None
+    message: Error | None = None
     frame: Id | None = None
     host: Id | None = None
 
@@ -424,7 +418,7 @@ class Heartbeat(_Request):
     type: Literal["heartbeat"]
     worker_id: Id
     device: Id | None = None
-    tasks: Annotated[tuple[TaskProgress, ...], Field(max_length=4096)] = ()
+    tasks: Annotated[tuple[TaskProgress, ...], Field(fail_fast=True, max_length=4096)] = ()
 
 
 class ShowTask(_Request):
@@ -444,14 +438,14 @@ class Retry(_Request):
     """Failed tasks shall be tried again."""
 
     type: Literal["retry"]
-    names: Annotated[tuple[Id, ...], Field(max_length=4096)] = ()
+    names: Annotated[tuple[Id, ...], Field(fail_fast=True, max_length=4096)] = ()
 
 
 class Cancel(_Request):
     """Tasks shall not be run."""
 
     type: Literal["cancel"]
-    names: Annotated[tuple[Id, ...], Field(min_length=1, max_length=4096)]
+    names: Annotated[tuple[Id, ...], Field(fail_fast=True, min_length=1, max_length=4096)]
 
 
 class Drain(_Request):
@@ -499,19 +493,8 @@ def parse_request(message: Mapping[str, Any]) -> Request:
     try:
         return REQUESTS[kind].model_validate(message)
     except ValidationError as error:
-        raise ProtocolError("bad_field", f"{kind}: {_first_problem(error)}") from None
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False, include_context=False)[0]
-    path = shown(".".join(str(part) for part in problem["loc"]))[1:-1]  # a client may have made up the names
-    if problem["type"] == "missing":
-        return f"{path} is missing"
-    if problem["type"] == "extra_forbidden":
-        return f"{path} is not a field of this message"
-    reason = problem["msg"].removeprefix("Value error, ")
-    found = "not shown" if path == "token" else shown(problem["input"])
-    return f"{path} is {found}; {reason[0].lower()}{reason[1:]}"
+        path, what = next(wrong_fields(error, REQUESTS[kind]))
+        raise ProtocolError("bad_field", f"{kind}: {path} {what}") from None
 
 
 def error_message(code: str, message: str) -> dict[str, str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsweep.errors import DataError
-from fedsweep.files import fsync, open_fresh, open_plain, read_plain
+from fedsweep.files import fsync, open_fresh, read_plain
 from fedsweep.manager.adoption import INTEGER_FIELDS, NUMBER_FIELDS, TEXT_FIELDS, match, read_result
 from fedsweep.manager.columns import FILE_NAME, RESULT_COLUMNS, unguard
 from fedsweep.manager.csv_lines import read_header, read_row, split
@@ -33,34 +33,67 @@ _INTEGERS = {*INTEGER_FIELDS, *_DEFAULTS} - _TEXT - _NUMBERS
 def read_results(folder: str | Path) -> pd.DataFrame:
     """The rows of a folder's `final_results.csv`, numbers exactly as they were written; what is empty is missing.
 
-    Text has the type str, numbers float64, whole numbers int64 (Int64 in columns where one is missing).
+    Text has the type str, numbers float64, whole numbers int64 (Int64 in columns where one is missing). A last line
+    that has no end yet counts if it is a row.
 
     Raises:
-        DataError: there is no such file, or it is none of results.
+        DataError: there is no such file, it is none of results, or a line is no row; says which.
     """
-    import pandas as pd
-
     path = Path(folder) / FILE_NAME
     try:
-        with os.fdopen(open_plain(path), "rb") as stream:
-            rows = pd.read_csv(stream, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    missing = [name for name in RESULT_COLUMNS if name not in rows]
-    if missing:
-        raise DataError(f"{path} is no results file: it has no column {missing[0]}")
-    return rows.assign(**{name: _typed(name, rows[name]) for name in map(str, rows.columns)})
+        content = read_plain(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_results(str(path), content)
 
 
-def _typed(name: str, fields: pd.Series[str]) -> pd.Series[Any]:
+def parse_results(name: str, content: bytes) -> pd.DataFrame:
+    """The rows that stand in a file of this name; see `read_results`."""
+    import pandas as pd
+
+    lines, tail = split(content)
+    header = read_header(lines[0]) if lines else None
+    if header is None:
+        raise DataError(f"{name} is no results file: its first line is not the header of one")
+    if missing := [column for column in RESULT_COLUMNS if column not in header.columns]:
+        raise DataError(f"{name} is no results file: it has no column {missing[0]}")
+    fields: dict[str, list[str]] = {column: [] for column in header.columns if column}
+    for number, raw in enumerate([*lines[1:], tail], start=2):
+        if not raw.strip():
+            continue
+        try:
+            row = read_row(raw, header)
+        except ValueError as error:
+            if raw is tail:  # it is still being written
+                break
+            advice = "remove it, or let `fedsweep doctor --repair` cut it out"
+            raise DataError(f"{name}: line {number} is no row ({error}); {advice}") from None
+        for column, values in fields.items():
+            values.append(row.get(column, ""))
+    return pd.DataFrame({column: _typed(column, values) for column, values in fields.items()})
+
+
+def _typed(name: str, fields: Sequence[str]) -> pd.Series[Any]:
     import pandas as pd
 
     if name in _NUMBERS:
-        return pd.Series([_number(float, field) for field in fields], index=fields.index, dtype="float64")
+        return pd.Series([_number(float, field) for field in fields], dtype="float64")
     if name in _INTEGERS:
-        numbers = pd.Series([_number(int, field) for field in fields], index=fields.index, dtype="Int64")
+        numbers = pd.Series([_number(_int64, field) for field in fields], dtype="Int64")
         return numbers if numbers.isna().any() else numbers.astype("int64")
-    return fields.map(unguard) if name in _TEXT else fields
+    return pd.Series([unguard(field) if name in _TEXT else field for field in fields], dtype="str")
+
+
+def _int64(field: str) -> int:
+    """A whole number.
+
+    Raises:
+        ValueError: it is none, or none that 64 bits hold.
+    """
+    number = int(field)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("out of range")
+    return number
 
 
 def _number(kind: Callable[[str], float], field: str) -> float | None:

@@ -52,7 +52,7 @@ def read_sources(paths: Sequence[str | Path]) -> list[Source]:
     for file in files.values():
         try:
             sources.append(Source(str(file), _read(file)))
-        except _NotText as error:
+        except NotText as error:
             problems.append(Problem(str(file), error.line, "", str(error)))
         except (OSError, ValueError) as error:
             problems.append(Problem(str(file), 0, "", _reason(error)))
@@ -61,7 +61,7 @@ def read_sources(paths: Sequence[str | Path]) -> list[Source]:
     return sources
 
 
-class _NotText(ValueError):
+class NotText(ValueError):
     """The file is not UTF-8 from a line on."""
 
     def __init__(self, line: int, message: str) -> None:
@@ -113,7 +113,7 @@ def _read(file: Path) -> str:
     """The text of a file.
 
     Raises:
-        _NotText: it is not UTF-8.
+        NotText: it is not UTF-8.
         ValueError: it is no regular file, or too large.
         OSError: it cannot be read.
     """
@@ -122,14 +122,22 @@ def _read(file: Path) -> str:
         raise ValueError("not a regular file; a configuration is a text file")
     if found.st_size > MAX_BYTES:
         raise ValueError(f"{found.st_size:,} bytes; a configuration has at most {MAX_BYTES:,}")
-    content = file.read_bytes()
+    return text_of(file.read_bytes())
+
+
+def text_of(content: bytes) -> str:
+    """The text of a configuration, UTF-8 with or without a byte-order mark.
+
+    Raises:
+        NotText: it is something else; says from which line on.
+    """
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _NotText(1, "the file is UTF-16; save it as UTF-8")
+        raise NotText(1, "the file is UTF-16; save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise _NotText(line, f"the byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+        raise NotText(line, f"the byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
 
 
 def _reason(error: OSError | ValueError) -> str:

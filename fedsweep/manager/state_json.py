@@ -13,15 +13,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
-from pydantic import ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
-from fedsweep.errors import ConfigError, Problem, StateError
+from fedsweep.errors import ConfigError, Problem, ProtocolError, StateError
 from fedsweep.files import fsync, open_fresh, read_plain
 from fedsweep.manager.ledger_view import LedgerView
-from fedsweep.manager.protocol import ResultData
-from fedsweep.manager.records import Task
+from fedsweep.manager.protocol import Error, Id, Key, ResultData, decode
+from fedsweep.manager.records import Status, Task
+from fedsweep.manager.wrong_fields import wrong_fields
 from fedsweep.plan.experiment import (
     PARAMETERS,
     RunOptions,
@@ -32,11 +33,12 @@ from fedsweep.plan.experiment import (
     is_scientific,
 )
 from fedsweep.plan.grid import Cell, PlannedTask
-from fedsweep.plan.words import did_you_mean
+from fedsweep.plan.types import MAX_COUNT
+from fedsweep.plan.words import did_you_mean, shown_key
 
 FORMAT = "fedsweep-state"
-MOST = 2**53  # of a count
-STATUSES = ("pending", "assigned", "complete", "failed")
+ADVICE = "nothing was changed"
+MAX_ATTEMPT = 2**62  # SQLite counts to twice that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,64 @@ class State:
 
     tasks: tuple[StateTask, ...] = ()
     last_attempt: int = 0  # attempts go on counting from here
+
+
+def _time(words: object) -> object:
+    """A time in ISO 8601; one without a zone is local, as old managers wrote it."""
+    if words is None:
+        return None
+    try:
+        return datetime.fromisoformat(words).astimezone() if isinstance(words, str) else _no_time()
+    except (ValueError, OverflowError):
+        return _no_time()
+
+
+def _no_time() -> NoReturn:
+    raise ValueError("expected a time in ISO 8601")
+
+
+Tries = Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)]
+Folder = Key  # of any length
+
+
+class _CellFields(BaseModel):
+    """A cell as our own states have it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    phase: Id
+    output_dir: Folder
+    config: dict[str, Any]
+
+
+class _TaskFields(BaseModel):
+    """What a task has besides the parameters of its experiment."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    task_id: Id
+    phase: Id | None = None
+    output_dir: Folder | None = None
+    output_dirs: tuple[Folder, ...] | None = None
+    status: Status = "pending"
+    retry_count: Tries | None = None
+    losses: Tries | None = None
+    last_error: Error | None = None
+    assigned_to: Id | None = None
+    assigned_at: Annotated[datetime | None, BeforeValidator(_time)] = None
+    orphaned: StrictBool = False
+    cells: tuple[_CellFields, ...] | None = None
+
+
+class _File(BaseModel):
+    """What a state has besides its format."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    tasks: dict[str, Any]
+    assigned_tasks: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    last_attempt: Annotated[StrictInt, Field(ge=0, le=MAX_ATTEMPT)] = 0
 
 
 @dataclass
@@ -114,27 +174,39 @@ def read_state(path: Path) -> State:
         StateError: the file cannot be read, or is no such state.
         ConfigError: tasks in it are not experiments of ours; with every problem.
     """
-    advice = "nothing was changed"
     try:
-        content = json.loads(read_plain(path).decode())
+        content = read_plain(path)
     except OSError as error:
-        raise StateError(f"{path} cannot be read ({error.strerror}); {advice}") from None
-    except (ValueError, RecursionError) as error:
-        raise StateError(f"{path} is not JSON ({error}); {advice}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
-        raise StateError(f'{path} is no state of an experiment manager: it has no "tasks"; {advice}')
-    if content.get("format", FORMAT) != FORMAT or content.get("version", 1) != 1:
-        raise StateError(f"{path} was written by a newer fedsweep or another program; {advice}")
-    reading = _Reading(str(path))
-    tasks = [_read_task(reading, key, task, content) for key, task in content["tasks"].items()]
-    last_attempt = 0
-    try:
-        last_attempt = _count(content.get("last_attempt"))
-    except ValueError as error:
-        reading.note("last_attempt", str(error))
+        raise StateError(f"{path} cannot be read ({error.strerror}); {ADVICE}") from None
+    return parse_state(str(path), content)
+
+
+def parse_state(name: str, content: bytes) -> State:
+    """The state that stands in a file of this name; raises as `read_state` does."""
+    file = _read_file(name, content)
+    reading = _Reading(name)
+    tasks = [_read_task(reading, key, task, file) for key, task in file.tasks.items()]
     if reading.problems:
         raise ConfigError(reading.problems)
-    return State(tasks=_merged(task for task in tasks if task is not None), last_attempt=last_attempt)
+    return State(tasks=_merged(task for task in tasks if task is not None), last_attempt=file.last_attempt)
+
+
+def _read_file(name: str, content: bytes) -> _File:
+    try:
+        message = decode(content)
+    except ProtocolError as error:
+        if error.code == "not_an_object":
+            raise StateError(f'{name} is no state of an experiment manager: it has no "tasks"; {ADVICE}') from None
+        raise StateError(f"{name} is not JSON as it is read here ({error}); {ADVICE}") from None
+    if not isinstance(message.get("tasks"), dict):
+        raise StateError(f'{name} is no state of an experiment manager: it has no "tasks"; {ADVICE}')
+    if message.get("format", FORMAT) != FORMAT or message.get("version", 1) != 1:
+        raise StateError(f"{name} was written by a newer fedsweep or another program; {ADVICE}")
+    try:
+        return _File.model_validate(message)
+    except ValidationError as error:
+        path, what = next(wrong_fields(error, _File))
+        raise StateError(f"{name} is no state of an experiment manager: {path} {what}; {ADVICE}") from None
 
 
 def _merged(tasks: Iterable[StateTask]) -> tuple[StateTask, ...]:
@@ -148,47 +220,44 @@ def _merged(tasks: Iterable[StateTask]) -> tuple[StateTask, ...]:
     return tuple(merged.values())
 
 
-def _read_task(reading: _Reading, key: str, task: Any, content: Mapping[str, Any]) -> StateTask | None:
+def _read_task(reading: _Reading, key: str, task: Any, file: _File) -> StateTask | None:
     """One task, or None after noting what is wrong with it."""
-    path = f"tasks.{key}"
+    path = f"tasks.{shown_key(key)}"
     if not isinstance(task, dict) or not isinstance(task.get("config"), dict):
         reading.note(path, 'expected a task with a "config"')
         return None
-    values = _read_config(reading, f"{path}.config", {**task["config"], **_seed_of(task)})
-    if values is None:
-        return None
-    if task.get("status", "pending") not in STATUSES:
-        reading.note(f"{path}.status", f"{task['status']!r} is no status ({', '.join(STATUSES)})")
-        return None
+    holder = file.assigned_tasks.get(key)
+    holder = holder if isinstance(holder, dict) else {}
+    given = {"task_id": key, **task}
+    given["assigned_to"] = task.get("assigned_to") or holder.get("assigned_to") or holder.get("worker_id")
+    given["assigned_at"] = task.get("assigned_at") or holder.get("assigned_at")
+    values = _read_config(reading, f"{path}.config", {**task["config"], **_seed_of(task)}, defaults())
     try:
-        return _build_task(reading, key, task, values, content)
+        fields = _TaskFields.model_validate(given)
     except ValidationError as error:
-        problem = error.errors()[0]
-        reading.note(path, f"cells: {'.'.join(map(str, problem['loc']))}: {problem['msg']}")
+        for field_path, what in wrong_fields(error, _TaskFields):
+            reading.note(f"{path}.{field_path}", what.removeprefix("is "))
         return None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reading.note(path, f"a field is missing or of the wrong type ({error})")
-        return None
+    return None if values is None else _build_task(reading, path, fields, values, file)
 
 
 def _build_task(
-    reading: _Reading, key: str, task: Mapping[str, Any], values: Mapping[str, Any], content: Mapping[str, Any]
-) -> StateTask:
-    path = f"tasks.{key}"
-    planned = _plan(task, _text(task.get("task_id")) or _text(key) or "", values)
-    holder = content.get("assigned_tasks", {}).get(key)
-    holder = holder if isinstance(holder, dict) else {}
+    reading: _Reading, path: str, fields: _TaskFields, values: Mapping[str, Any], file: _File
+) -> StateTask | None:
+    planned = _plan(reading, path, fields, values)
+    if planned is None:
+        return None
     return StateTask(
-        task_id=_text(task.get("task_id")) or key,
+        task_id=fields.task_id,
         planned=planned,
-        status=task.get("status", "pending"),
-        failures=_count(task.get("retry_count")),
-        losses=_count(task.get("losses")),
-        last_error=_text(task.get("last_error")),
-        assigned_to=_text(task.get("assigned_to") or holder.get("assigned_to") or holder.get("worker_id")),
-        assigned_at=_read_time(reading, path, task.get("assigned_at") or holder.get("assigned_at")),
-        result=_read_result(reading, path, content.get("results", {}).get(planned.signature)),
-        is_orphaned=bool(task.get("orphaned", False)),
+        status=fields.status,
+        failures=fields.retry_count or 0,
+        losses=fields.losses or 0,
+        last_error=fields.last_error,
+        assigned_to=fields.assigned_to,
+        assigned_at=fields.assigned_at,
+        result=_read_result(reading, path, file.results.get(planned.signature)),
+        is_orphaned=fields.orphaned,
     )
 
 
@@ -196,75 +265,47 @@ def _seed_of(task: Mapping[str, Any]) -> dict[str, Any]:
     return {"seed": task["seed"]} if "seed" in task else {}
 
 
-def _read_config(reading: _Reading, path: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Every parameter of a task, or None after noting what is wrong."""
-    values, before = defaults(), len(reading.problems)
+def _read_config(
+    reading: _Reading, path: str, config: Mapping[str, Any], others: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Every parameter of a task, with what `config` does not name as in `others`; None after noting what is wrong."""
+    values, before = dict(others), len(reading.problems)
     for name, value in config.items():
+        place = f"{path}.{shown_key(name)}"
         if name not in PARAMETERS:
-            reading.note(f"{path}.{name}", f"there is no such parameter{did_you_mean(name, PARAMETERS)}")
+            reading.note(place, f"there is no such parameter{did_you_mean(name, PARAMETERS)}")
             continue
         try:
             values[name] = check_value(name, value)
         except ValueError as error:
-            reading.note(f"{path}.{name}", str(error))
+            reading.note(place, str(error))
     if len(reading.problems) == before and (clash := check_together(values)) is not None:
         reading.note(f"{path}.{clash[0]}", clash[1])
     return values if len(reading.problems) == before else None
 
 
-def _plan(task: Mapping[str, Any], task_id: str, values: Mapping[str, Any]) -> PlannedTask:
+def _plan(reading: _Reading, path: str, fields: _TaskFields, values: Mapping[str, Any]) -> PlannedTask | None:
     """The task with its cells: those that are listed, or one for each of its output folders."""
-    phase = _text(task.get("phase")) or task_id.rsplit("_", 2)[0]
+    phase = fields.phase or fields.task_id.rsplit("_", 2)[0] or "_"
     experiment = from_config(values)
-    folders = task.get("output_dirs") or [task.get("output_dir") or values["output_dir"]]
-    if not isinstance(folders, list):
-        raise ValueError(f"output_dirs is {folders!r:.80}, not a list")
-    listed = task.get("cells") or [{"phase": phase, "output_dir": folder, "config": values} for folder in folders]
-    cells = tuple(
-        Cell(_text(cell["phase"]) or "", _folder(cell["output_dir"]), from_config({**values, **cell["config"]}))
-        for cell in listed
-    )
+    folders = fields.output_dirs or (fields.output_dir or values["output_dir"],)
+    cells = [Cell(phase, os.path.normpath(folder), experiment) for folder in folders]
+    if fields.cells:
+        cells = []
+        for index, cell in enumerate(fields.cells):
+            place = f"{path}.cells.{index}.config"
+            spelled = _read_config(reading, place, cell.config, values)
+            if spelled is None:
+                return None
+            cells.append(Cell(cell.phase, os.path.normpath(cell.output_dir), from_config(spelled)))
+            if cells[-1].experiment.signature != experiment.signature:
+                reading.note(place, "another experiment than that of the task")
+                return None
     run = {name: value for name, value in values.items() if not is_scientific(name)}
     options = RunOptions(**{**run, "output_dir": cells[0].output_dir})
-    parts = task_id.rsplit("_", 2)
+    parts = fields.task_id.rsplit("_", 2)
     number = int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else 0
     return PlannedTask(experiment, options, number, tuple(dict.fromkeys(cells)))
-
-
-def _count(value: Any) -> int:
-    """How often something happened; what is missing happened never."""
-    if value is None:
-        return 0
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST:
-        raise ValueError(f"{value!r:.80} is no count; expected a whole number from 0 to {MOST:,}")
-    return value
-
-
-def _text(value: Any) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r:.80} is no text")
-    value.encode()  # half of a surrogate pair cannot be stored
-    return value
-
-
-def _folder(value: Any) -> str:
-    folder = _text(value)
-    if not folder or "\0" in folder:
-        raise ValueError(f"{value!r:.80} is no folder")
-    return os.path.normpath(folder)
-
-
-def _read_time(reading: _Reading, path: str, words: Any) -> datetime | None:
-    """A time in ISO 8601; one without a zone is local, as old managers wrote it."""
-    if words is None:
-        return None
-    try:
-        return datetime.fromisoformat(words).astimezone()
-    except (TypeError, ValueError):
-        reading.note(f"{path}.assigned_at", f"{words!r} is no time in ISO 8601")
-        return None
 
 
 def _read_result(reading: _Reading, path: str, result: Any) -> dict[str, Any] | None:
@@ -273,6 +314,6 @@ def _read_result(reading: _Reading, path: str, result: Any) -> dict[str, Any] | 
     try:
         return ResultData.model_validate(result).model_dump(mode="json", exclude_unset=True)
     except ValidationError as error:
-        problem = error.errors()[0]
-        reading.note(path, f"result: {'.'.join(map(str, problem['loc']))}: {problem['msg']}")
+        for field_path, what in wrong_fields(error, ResultData):
+            reading.note(path, f"its result: {field_path} {what}")
         return None

@@ -25,7 +25,7 @@ def _without_sign_of_zero(value: float) -> float:
 
 def _printable(value: str) -> str:
     if not value.isprintable():
-        raise ValueError("a character that cannot be printed")
+        raise ValueError("it has a character that cannot be printed")
     return value
 
 

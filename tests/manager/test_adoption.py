@@ -134,7 +134,7 @@ def test_other_parameters_in_the_row_must_agree_too(managers):
         ({"mean_test_acc": "87.5"}, "mean_test_acc is '87.5'; a share is from 0 to 1"),
         ({"mean_val_loss": "inf"}, "mean_val_loss is 'inf', not a finite number"),
         ({"best_epoch": "7.5"}, "best_epoch is '7.5', not a whole number"),
-        ({"num_parameters": "-1"}, "num_parameters: Input should be greater than or equal to 0"),
+        ({"num_parameters": "-1"}, "num_parameters is -1; expected at least 0"),
     ],
 )
 def test_rows_whose_numbers_cannot_be_read_do_not_count(managers, caplog, change, reason, read_rows):

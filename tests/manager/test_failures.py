@@ -57,6 +57,13 @@ def test_what_differs_from_task_to_task_makes_no_other_cause(first, second):
     assert failures[0].group == failures[1].group
 
 
+@pytest.mark.timeout(30)  # one that begins again at each letter would take half an hour
+@pytest.mark.parametrize("word", ["a", ".", "-a", "0", "a1", "1.", "a/", "/", "~/", "A.Error: ", 'File "', "GPU-0"])
+def test_a_message_of_one_endless_word_is_read_in_time(word):
+    assert Failure.of("", exception="ValueError", message=word * 100_000, frame="a.py:f").group
+    assert Failure.of(word * 100_000).cause
+
+
 def test_another_type_words_or_place_is_another_cause():
     one = {"exception": "ValueError", "message": "no room", "frame": "a.py:f"}
     others = [{"exception": "KeyError"}, {"message": "no time"}, {"frame": "a.py:g"}]

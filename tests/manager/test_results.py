@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedsweep.errors import DataError
-from fedsweep.manager.columns import PROVENANCE_COLUMNS, RESULT_COLUMNS
+from fedsweep.manager.columns import PROVENANCE_COLUMNS, RESULT_COLUMNS, line
 from fedsweep.manager.history import write_history
 from fedsweep.manager.records import History
-from fedsweep.manager.results import read_results, summarise, write_summary
+from fedsweep.manager.results import parse_results, read_results, summarise, write_summary
 
 NAN = math.nan
 
@@ -173,8 +173,46 @@ def test_folders_without_results_say_so(folder):
     with pytest.raises(DataError, match=r"final_results.csv cannot be read"):
         read_results(folder)
     (folder / "final_results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="is no results file: its first line is not the header of one"):
+        read_results(folder)
+    (folder / "final_results.csv").write_text("signature,mean_test_acc\na,0.5\n")
     with pytest.raises(DataError, match="is no results file: it has no column phase"):
         read_results(folder)
+
+
+OLD_ROW = b"p,digits,lr,2,1,0.5,label_flip,1,shuffle,fedavg,32,0.75" + b",0.5" * 8 + b",2,7"
+OLD_HEADER = line(RESULT_COLUMNS)
+
+
+def test_a_row_that_does_not_fit_its_header_is_named_and_never_read_in_other_columns():
+    for number, wrong in enumerate((OLD_ROW + b",x", b"x," + OLD_ROW, OLD_ROW.rpartition(b",")[0]), start=1):
+        rows = [OLD_ROW] * number
+        with pytest.raises(DataError) as caught:
+            parse_results("a.csv", b"\n".join([OLD_HEADER, *rows, wrong, b""]))
+        fields = wrong.count(b",") + 1
+        assert str(caught.value) == (
+            f"a.csv: line {number + 2} is no row (it has {fields} fields where the header has 22); remove it, or let "
+            "`fedsweep doctor --repair` cut it out"
+        )
+
+
+def test_a_last_line_without_an_end_counts_if_it_is_a_row():
+    for tail, count in ((b"", 1), (OLD_ROW, 2), (OLD_ROW[:40], 1), (b'"', 1), (b"\0" * 9, 1)):
+        assert len(parse_results("a.csv", b"\n".join([OLD_HEADER, OLD_ROW, tail]))) == count
+
+
+def test_numbers_that_are_none_are_missing():
+    row = OLD_ROW.split(b",")
+    row[3], row[11], row[20] = b"9" * 30, b"a", b"1.5"
+    rows = parse_results("a.csv", b"\n".join([OLD_HEADER, b",".join(row), b""]))
+    assert rows[["width_factor", "mean_test_acc", "best_epoch"]].isna().all(axis=None)
+    assert rows["seed"].tolist() == [7]
+
+
+def test_a_file_that_a_spreadsheet_saved_is_read():
+    saved = b"\xef\xbb\xbf" + OLD_HEADER.replace(b",", b";") + b"\r\n" + OLD_ROW.replace(b",", b";").replace(b".", b",")
+    rows = parse_results("a.csv", saved + b"\r\n")
+    assert (rows["phase"][0], rows["mean_test_acc"][0], rows["seed"][0]) == ("p", 0.75, 7)
 
 
 def test_the_summary_is_written_beside_the_rows(finished):

@@ -1,4 +1,7 @@
-"""The server on a real loopback socket: who is served, who is refused, and that one client cannot harm another."""
+"""The server on a real loopback socket: who is served, who is refused, and that one client cannot harm another.
+
+What is answered to bad input, word for word: `test_bad_requests.py`.
+"""
 
 from __future__ import annotations
 
@@ -191,28 +194,6 @@ def test_connections_are_kept_alive_and_not_delayed() -> None:
 
 # ---- what ends a connection
 
-UNREADABLE = {
-    "not an object": (b"[1,2]\n", "not_an_object"),
-    "words": (b"hello\r\n", "not_an_object"),
-    "HTTP": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "not_an_object"),
-    "HTTP with JSON in it": (b"POST / HTTP/1.1\r\nContent-Length: 60\r\n\r\n" + STATUS, "not_an_object"),
-    "TLS": (bytes.fromhex("16030100c8010000c40303") + bytes(195), "tls_on_plain_port"),
-    "a byte-order mark": (b"\xef\xbb\xbf" + STATUS, "bad_encoding"),
-    "UTF-16": (STATUS.decode().encode("utf-16"), "bad_encoding"),
-    "100,000 levels": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "too_deep"),
-    "100,000 arrays": (b'{"a":' + b"[" * 100_000, "too_deep"),
-    "crossing brackets": (b'{"a":[}', "bad_json"),
-    "8 MB without an end": (b'{"a":"' + b"x" * 8_000_000, "too_large"),
-}
-
-
-@pytest.mark.parametrize(("data", "code"), UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_bytes_that_cannot_be_read_on_get_one_error_and_the_end(client: Client, data: bytes, code: str) -> None:
-    with suppress(ConnectionError):  # the server may close before all is sent
-        client.send(data)
-    assert client.answer()["code"] == code
-    assert client.is_closed()
-
 
 def test_a_client_that_is_still_sending_is_not_reset(client: Client) -> None:
     """A reset could destroy the answer before the client has read it."""
@@ -230,17 +211,6 @@ def test_what_was_asked_before_is_answered(client: Client) -> None:
     assert client.is_closed()
 
 
-def test_a_request_that_is_cut_off_is_named_so(client: Client) -> None:
-    client.send(STATUS[:-1])
-    client.socket.shutdown(socket.SHUT_WR)
-    assert client.answer() == {
-        "type": "error",
-        "code": "truncated",
-        "message": "the connection ended inside a message",
-    }
-    assert client.is_closed()
-
-
 def test_a_client_that_resets_the_connection_harms_nobody(port: int, caplog: pytest.LogCaptureFixture) -> None:
     for cut in (0, 5, len(STATUS)):
         with Client(port) as client:
@@ -249,51 +219,7 @@ def test_a_client_that_resets_the_connection_harms_nobody(port: int, caplog: pyt
     assert not caplog.records
 
 
-# ---- what is refused while the connection goes on
-
-REFUSED = {
-    "an unknown type": ({"type": "reboot"}, "unknown_type"),
-    "no type": ({}, "unknown_type"),
-    "a missing field": ({"type": "request_task"}, "bad_field"),
-    "an extra field": ({"type": "status", "verbose": True}, "bad_field"),
-    "a wrong type": ({"type": "request_task", "worker_id": 3}, "bad_field"),
-    "a number out of range": ({"type": "request_task", "worker_id": "w", "max_tasks": 10**9}, "bad_field"),
-    "a control character": ({"type": "request_task", "worker_id": "\x1b[2J"}, "bad_field"),
-    "half a surrogate pair": ({"type": "request_task", "worker_id": "\ud800"}, "bad_encoding"),
-    "NaN": ({"type": "request_task", "worker_id": float("nan")}, "bad_json"),
-    "a huge integer": (
-        '{"type":"request_task","worker_id":"w","gpu_id":1' + "0" * 5000 + ',"token":"' + TOKEN + '"}',
-        "bad_json",
-    ),
-    "a key twice": ('{"type":"status","type":"status","token":"' + TOKEN + '"}', "bad_json"),
-    "no JSON": ("{type: status}", "bad_json"),
-    "Latin-1": (b'{"type":"status","a":"\xe9"}', "bad_encoding"),
-}
-
-
-@pytest.mark.parametrize(("message", "code"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_bad_request_gets_an_error_and_the_connection_goes_on(
-    client: Client, message: dict[str, Any] | str | bytes, code: str
-) -> None:
-    if isinstance(message, dict):
-        message = json.dumps({**message, "token": TOKEN})
-    client.send(message if isinstance(message, bytes) else message.encode())
-    error = client.answer()
-    assert (error["type"], error["code"]) == ("error", code)
-    assert "Traceback" not in error["message"]
-    assert len(error["message"]) < 300
-    assert client.ask(type="status", token=TOKEN)["type"] == "status"
-
-
-@pytest.mark.parametrize(
-    "token", [None, "", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "tökén", 5, True, [TOKEN], {}]
-)
-def test_a_wrong_or_absent_token_is_refused_before_anything_else(client: Client, token: object) -> None:
-    refused = client.ask(type="no such type", token=token)
-    assert refused["code"] == "unauthorized"
-    assert TOKEN not in json.dumps(refused)
-    assert client.ask(type="status")["code"] == "unauthorized"
-    assert client.ask(type="status", token=TOKEN)["type"] == "status"
+# ---- what goes wrong in the manager
 
 
 def test_errors_of_the_manager_cross_the_wire_as_codes_and_never_as_tracebacks(

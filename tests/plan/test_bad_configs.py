@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
 import pytest
 
+from fedsweep import cli
 from fedsweep.errors import ConfigError
 from fedsweep.plan.config import Source, parse
 
@@ -911,3 +913,26 @@ def test_every_error_of_a_wrong_configuration_is_named(case):
         parse(case.sources(), case.overrides)
     assert str(caught.value).split("\n") == case.errors
     assert caught.value.exit_code == 2
+
+
+ON_THE_COMMAND_LINE = {name: case for name, case in CASES.items() if all("=" in each for each in case.overrides)}
+
+
+@pytest.mark.parametrize("command", [["plan"], ["plan", "--json"], ["run"]], ids=" ".join)
+@pytest.mark.parametrize("case", ON_THE_COMMAND_LINE.values(), ids=ON_THE_COMMAND_LINE.keys())
+def test_a_wrong_configuration_ends_a_command_with_2_and_nothing_is_written(
+    case, command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    written = {source.name: source.text.encode() for source in case.sources()}
+    for name, content in written.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["fedsweep", *command, *written, *case.overrides])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    count = f"{len(case.errors)} problem{'s' * (len(case.errors) > 1)}"
+    said = capsys.readouterr()
+    assert said.err.split("\n") == [*case.errors, f"{count} in the configuration; nothing was started.", ""]
+    assert said.out == ""
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written

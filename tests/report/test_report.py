@@ -134,7 +134,7 @@ def test_a_folder_without_results_is_a_wrong_usage(tmp_path):
 
 def test_a_file_that_is_none_of_results_is_a_wrong_usage(tmp_path):
     (tmp_path / "final_results.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UsageError, match=r"is no folder of results: .* it has no column phase"):
+    with pytest.raises(UsageError, match=r"is no folder of results: .* its first line is not the header of one"):
         report([tmp_path])
 
 

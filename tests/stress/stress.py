@@ -39,6 +39,7 @@ PARTS = (
     _tests("every crash point", "tests/manager/test_crashes.py"),
     _tests("power loss", "tests/manager/test_power_loss.py", minutes=10, FEDSWEEP_EXAMPLES="5000"),
     _tests("state machine", "tests/manager/test_ledger_machine.py", FEDSWEEP_EXAMPLES="2000"),
+    _tests("parsers", "tests/fuzz", FEDSWEEP_EXAMPLES="2000"),
 )
 
 
