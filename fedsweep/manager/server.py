@@ -120,8 +120,8 @@ async def serve_connection(
         await _say_last(source, sink, error_message(error.code, str(error)))
     except HandshakeFailed as error:
         refusals.warning("%s: no TLS connection came about (%s)", _peer(writer), error)
-    except ConnectionError:
-        pass  # the client has gone; what it holds comes back when its lease ends
+    except OSError:
+        pass  # the client has gone, or the network has; what it holds comes back when its lease ends
     finally:
         sink.close()
 
@@ -184,7 +184,7 @@ async def _say_last(source: _Source, sink: _Sink, message: Mapping[str, Any]) ->
     if sink.transport.get_write_buffer_size() > 0:
         sink.transport.abort()  # it does not even take what it was told before
         return
-    with contextlib.suppress(ConnectionError, TimeoutError):
+    with contextlib.suppress(OSError):
         sink.write(encode(message))
         sink.write_eof()
         async with asyncio.timeout(_LINGER_S):
