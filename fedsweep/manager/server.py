@@ -11,7 +11,6 @@ import os
 import resource
 import socket
 import ssl
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -30,10 +29,10 @@ from fedsweep.manager.protocol import (
     error_message,
     parse_request,
 )
+from fedsweep.manager.refusal_log import refusals
 from fedsweep.manager.tls import HELLO, HandshakeFailed, TlsStream
 
 log = logging.getLogger(__name__)
-refusals = logging.getLogger(f"{__name__}.refusals")
 
 Answer = Callable[[Request, bool], Mapping[str, Any]]
 _Source = asyncio.StreamReader | TlsStream
@@ -41,9 +40,11 @@ _Sink = asyncio.StreamWriter | TlsStream
 
 _CHUNK = 65_536
 _LINGER_S = 1.0
-_SPARE_FILES = 128  # file descriptors that the manager needs beside those of the connections
+# Connections that are taken in at a time. Those over the limit are open for a moment, too, and asyncio logs each one
+# for which there is no file descriptor, with a traceback.
+_ACCEPTED_AT_ONCE = 32
+_SPARE_FILES = 256  # file descriptors that the manager needs beside those of the connections within the limit
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # a silent peer is given up after 2 minutes
-_SELDOM_S = 10.0
 
 _OLD_STATUS_FIELDS = ("total", "pending", "assigned", "complete", "failed", "progress")
 _OLD_TASK_FIELDS = (
@@ -59,27 +60,6 @@ _OLD_TASK_FIELDS = (
     "retry_count",
     "last_error",
 )
-
-
-class Seldom(logging.Filter):
-    """Lets one line of a kind through in ten seconds, so that nobody out there can fill the log."""
-
-    def __init__(self, pause_s: float = _SELDOM_S, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__()
-        self.pause_s = pause_s
-        self.clock = clock
-        self.said_at: dict[str, float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the last line of this kind is long enough ago."""
-        kind, now = str(record.msg), self.clock()
-        if now - self.said_at.get(kind, -self.pause_s) < self.pause_s:
-            return False
-        self.said_at[kind] = now
-        return True
-
-
-refusals.addFilter(Seldom())
 
 
 async def serve_connection(
@@ -116,10 +96,10 @@ async def serve_connection(
         text = f"no complete request in {request_timeout_s:g} s"
         await _say_last(source, sink, error_message("timeout", text))
     except ProtocolError as error:
-        refusals.warning(f"%s cannot be understood: {error.code}", _peer(writer))
+        refusals.warn(f"%s cannot be understood: {error.code}", _peer(writer))
         await _say_last(source, sink, error_message(error.code, str(error)))
     except HandshakeFailed as error:
-        refusals.warning("%s: no TLS connection came about (%s)", _peer(writer), error)
+        refusals.warn("%s: no TLS connection came about (%s)", _peer(writer), error)
     except OSError:
         pass  # the client has gone, or the network has; what it holds comes back when its lease ends
     finally:
@@ -227,7 +207,7 @@ def _reply(frame: Frame, answer: Answer, gate: _Gate) -> bytes:
         return fitted(reply) if is_legacy else encode(reply)
     except ProtocolError as error:
         if error.code == "unauthorized":
-            refusals.warning("a request was refused: %s", error)
+            refusals.warn("a request was refused: %s", error)
         return encode(error_message(error.code, str(error)))
     except FedsweepError as error:
         log.warning("a request failed: %s", error)
@@ -291,7 +271,8 @@ async def listen(
         exposed: also where other machines can connect. Otherwise the address that was bound is checked before
             anybody is let in.
         speaks_tls: whether `handle` expects TLS, so that nobody is told anything in plain text here.
-        max_connections: the next one is told `too_many_connections` and closed.
+        max_connections: the next one is told `too_many_connections` and closed. Fewer, where the system allows fewer
+            open files.
 
     Raises:
         UsageError: the address is taken or not ours, or others can reach it although that was not asked for.
@@ -299,14 +280,18 @@ async def listen(
     if not 0 <= port <= 65_535:
         raise UsageError(f"port {port}: expected 0 to 65535")
     addresses = await _resolve(host, port)
-    _allow_open_files(max_connections + _SPARE_FILES)
+    limit = max(1, min(max_connections, _allow_open_files(max_connections + _SPARE_FILES) - _SPARE_FILES))
+    if limit < max_connections:
+        log.warning("this system allows %d connections at once, not %d; see `ulimit -Hn`", limit, max_connections)
     open_connections = 0
 
     async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal open_connections
-        if open_connections >= max_connections:
+        if open_connections >= limit:
+            text = f"{limit:,} connections are open"
+            refusals.warn("%s was refused: %s", _peer(writer), text)
             if not speaks_tls:
-                writer.write(encode(error_message("too_many_connections", f"{max_connections:,} connections are open")))
+                writer.write(encode(error_message("too_many_connections", text)))
             writer.close()
             return
         open_connections += 1
@@ -320,7 +305,7 @@ async def listen(
     chosen = addresses[:1] if port == 0 else addresses
     try:
         server = await asyncio.start_server(
-            admit, chosen, port, backlog=max_connections, limit=_CHUNK, reuse_address=True, start_serving=False
+            admit, chosen, port, backlog=_ACCEPTED_AT_ONCE, limit=_CHUNK, reuse_address=True, start_serving=False
         )
     except OSError as error:
         raise UsageError(f"cannot listen on {host}:{port}: {_reason(error)}") from None
@@ -329,6 +314,9 @@ async def listen(
         raise UsageError(f"--host {host} is {bound[0]}, which other machines can reach; nothing would be encrypted")
     try:
         await server.start_serving()
+        for each in server.sockets:
+            with socket.socket(fileno=os.dup(each.fileno())) as same:
+                same.listen(max_connections)  # so many may wait to be taken in
     except OSError as error:
         server.close()
         raise UsageError(f"cannot listen on {host}:{port}: {_reason(error)}") from None
@@ -361,12 +349,15 @@ def _reason(error: Exception) -> str:
     return reason
 
 
-def _allow_open_files(number: int) -> None:
-    """Raise the process's own limit on open files, as far as the system lets it."""
+def _allow_open_files(number: int) -> int:
+    """Raise the process's own limit on open files, as far as the system lets it; how many of so many it may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    if soft == resource.RLIM_INFINITY or soft >= number:
+        return number
+    if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def _tune(writer: asyncio.StreamWriter) -> None:

@@ -18,7 +18,8 @@ import pytest
 
 from fedsweep.manager import ExperimentManager
 from fedsweep.manager.protocol import Request
-from fedsweep.manager.server import listen, refusals, serve_connection
+from fedsweep.manager.refusal_log import Seldom, refusals
+from fedsweep.manager.server import listen, serve_connection
 
 TOKEN = "t0ken-of-the-tests"
 STATUS = json.dumps({"type": "status", "token": TOKEN}).encode() + b"\n"
@@ -34,8 +35,7 @@ first:
 @pytest.fixture(autouse=True)
 def every_refusal_is_logged() -> None:
     """The log may have a line of each kind again."""
-    for each in refusals.filters:
-        each.said_at.clear()  # type: ignore[union-attr]
+    refusals.forget()
 
 
 def answer(request: Request, legacy: bool) -> dict[str, Any]:
@@ -189,4 +189,4 @@ def stop() -> Callable[[ExperimentManager], None]:
 def log_lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What the server has said of those that it refused."""
     caplog.set_level(logging.INFO)
-    return lambda: [record.getMessage() for record in caplog.records if record.name == refusals.name]
+    return lambda: [record.getMessage() for record in caplog.records if record.name == Seldom.__module__]
