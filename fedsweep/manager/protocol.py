@@ -96,6 +96,11 @@ class FrameReader:
         """Whether an object has begun and not ended."""
         return bool(self.buffer)
 
+    @property
+    def waiting(self) -> int:
+        """Bytes of the object that has begun and not ended."""
+        return len(self.buffer)
+
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Take in bytes; the objects that they complete, one by one.
 

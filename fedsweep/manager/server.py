@@ -12,7 +12,7 @@ import resource
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from fedsweep.address import is_loopback
 from fedsweep.errors import FedsweepError, ProtocolError, UsageError
@@ -40,6 +40,8 @@ _Sink = asyncio.StreamWriter | TlsStream
 
 _CHUNK = 65_536
 _LINGER_S = 1.0
+MAX_UNPROVEN = 128 * 1024 * 1024  # bytes of unfinished requests of all those together who have not shown the token yet
+
 # Connections that are taken in at a time. Those over the limit are open for a moment, too, and asyncio logs each one
 # for which there is no file descriptor, with a traceback.
 _ACCEPTED_AT_ONCE = 32
@@ -136,24 +138,54 @@ async def _serve_requests(
     """Answer requests until the client ends its side."""
     frames = FrameReader()
     loop = asyncio.get_running_loop()
-    while True:
-        may_wait = gate.has_admitted and not frames.is_inside
-        async with asyncio.timeout_at(None if may_wait else deadline):
-            data = await source.read(_CHUNK)
-        if not data:
-            break
-        if may_wait:
-            deadline = loop.time() + request_timeout_s
-        for frame in frames.feed(data):
-            sink.write(_reply(frame, answer, gate))
-            async with asyncio.timeout(request_timeout_s):
-                await sink.drain()
-            await asyncio.sleep(0)  # a client with many requests at once does not keep others waiting
-            deadline = loop.time() + request_timeout_s
+    with _Unproven() as unproven:
+        while True:
+            may_wait = gate.has_admitted and not frames.is_inside
+            async with asyncio.timeout_at(None if may_wait else deadline):
+                data = await source.read(_CHUNK)
+            if not data:
+                break
+            if may_wait:
+                deadline = loop.time() + request_timeout_s
+            for frame in frames.feed(data):
+                sink.write(_reply(frame, answer, gate))
+                async with asyncio.timeout(request_timeout_s):
+                    await sink.drain()
+                await asyncio.sleep(0)  # a client with many requests at once does not keep others waiting
+                deadline = loop.time() + request_timeout_s
+            unproven.hold(0 if gate.has_admitted else frames.waiting)
     if frames.is_inside:
         raise ProtocolError("truncated", "the connection ended inside a message")
     if isinstance(source, TlsStream) and not gate.has_asked:
         raise HandshakeFailed("it left without a request; does it expect another certificate?")
+
+
+class _Unproven:
+    """What one client that has not shown the token yet has sent of its request. All together have a limit: otherwise
+    strangers could fill the memory, a message each.
+    """
+
+    total = 0  # bytes
+
+    def __init__(self) -> None:
+        self._held = 0
+
+    def hold(self, count: int) -> None:
+        """Hold so many bytes from now on.
+
+        Raises:
+            ProtocolError: there is no room for them.
+        """
+        _Unproven.total += count - self._held
+        self._held, grows = count, count > self._held
+        if grows and _Unproven.total > MAX_UNPROVEN:
+            raise ProtocolError("retry_later", "too many clients without the token send large messages; try again")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hold(0)
 
 
 async def _say_last(source: _Source, sink: _Sink, message: Mapping[str, Any]) -> None:

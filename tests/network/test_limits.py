@@ -237,6 +237,33 @@ def test_messages_without_an_end_are_refused_and_take_no_memory(running):
     assert running.memory("VmHWM") - before < 2 * len(senders) * MAX_MESSAGE + 8 * 1024 * 1024
 
 
+def test_strangers_cannot_fill_the_memory_with_unfinished_messages(monkeypatch, server, raw, token, wait_until):
+    """Each may send a whole message; all together have a limit, and those who have shown the token know none of it."""
+    monkeypatch.setattr(server_module, "MAX_UNPROVEN", 3 * MAX_MESSAGE)
+    port = server(request_timeout_s=20.0)
+    unfinished = b'{"type":"status","token":"' + b"x" * (MAX_MESSAGE * 9 // 10)
+    failed = {"type": "task_failed", "task_id": "t", "worker_id": "w", "error": "x" * (MAX_MESSAGE * 9 // 10)}
+    large = json.dumps({**failed, "token": token}).encode()
+    with raw(port) as worker, ExitStack() as stack:
+        assert worker.ask(type="status", token=token)["type"] == "status"
+        strangers = [stack.enter_context(raw(port)) for _ in range(10)]
+        for each in strangers:
+            each.send(unfinished)
+            worker.send(large)
+            assert worker.answer()["type"] == "status"
+        refused = [each for each in strangers if has_something_to_read(each.socket)]
+        assert len(refused) >= 7
+        assert {each.answer()["code"] for each in refused} == {"retry_later"}
+        assert worker.ask(type="status", token=token)["type"] == "status"
+
+    def has_room() -> bool:
+        with raw(port) as another:
+            another.send(large)
+            return another.answer()["type"] == "status"
+
+    wait_until(has_room, "what the strangers left is forgotten")
+
+
 def test_work_goes_on_in_a_flood_of_status(running):
     """Twenty clients that ask a hundred times each without waiting; one that works."""
     asked = json.dumps({"type": "status", "token": running.token}).encode() + b"\n"
