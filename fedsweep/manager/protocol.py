@@ -58,7 +58,7 @@ ERROR_CODES = {
     "unknown_attempt": "The task was never handed out so.",
     "unknown_name": "No task, phase or group of failures has this name.",
     "no_result": "The task is said to be complete, but its result is not here.",
-    "retry_later": "The manager cannot store anything at present; keep the result and try again.",
+    "retry_later": "The manager cannot take anything at present; keep the result and try again.",
     "too_many_connections": "The manager serves 2,048 connections already.",
     "internal": "The manager failed on this request; its log has the reason.",
 }
