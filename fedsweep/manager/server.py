@@ -89,21 +89,24 @@ async def serve_connection(
     deadline = asyncio.get_running_loop().time() + request_timeout_s
     source: _Source = reader
     sink: _Sink = writer
+    last_words = None
     try:
-        if tls is not None:
-            source = sink = await _secured(reader, writer, tls, deadline)
-        gate = _Gate(token, allow_legacy=allow_legacy and is_loopback(_peer(writer)))
-        await _serve_requests(source, sink, answer, gate, deadline, request_timeout_s)
-    except TimeoutError:
-        text = f"no complete request in {request_timeout_s:g} s"
-        await _say_last(source, sink, error_message("timeout", text))
-    except ProtocolError as error:
-        refusals.warn(f"%s cannot be understood: {error.code}", _peer(writer))
-        await _say_last(source, sink, error_message(error.code, str(error)))
-    except HandshakeFailed as error:
-        refusals.warn("%s: no TLS connection came about (%s)", _peer(writer), error)
-    except OSError:
-        pass  # the client has gone, or the network has; what it holds comes back when its lease ends
+        try:
+            if tls is not None:
+                source = sink = await _secured(reader, writer, tls, deadline)
+            gate = _Gate(token, allow_legacy=allow_legacy and is_loopback(_peer(writer)))
+            await _serve_requests(source, sink, answer, gate, deadline, request_timeout_s)
+        except TimeoutError:
+            last_words = error_message("timeout", f"no complete request in {request_timeout_s:g} s")
+        except ProtocolError as error:
+            refusals.warn(f"%s cannot be understood: {error.code}", _peer(writer))
+            last_words = error_message(error.code, str(error))
+        except HandshakeFailed as error:
+            refusals.warn("%s: no TLS connection came about (%s)", _peer(writer), error)
+        except OSError:
+            pass  # the client has gone, or the network has; what it holds comes back when its lease ends
+        if last_words is not None:  # only now: an exception holds on to all that was sent
+            await _say_last(source, sink, last_words)
     finally:
         sink.close()
 

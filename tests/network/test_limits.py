@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -24,7 +25,7 @@ import pytest
 
 from fedsweep.errors import ManagerUnreachable, ProtocolError
 from fedsweep.manager import server as server_module
-from fedsweep.manager.protocol import MAX_CONNECTIONS, MAX_MESSAGE
+from fedsweep.manager.protocol import MAX_CONNECTIONS, MAX_MESSAGE, FrameReader
 from fedsweep.manager.refusal_log import Seldom
 from fedsweep.manager.tls import ensure_identity
 from fedsweep.worker.client import ManagerClient, request_task_from_manager, submit_result_to_manager
@@ -67,6 +68,12 @@ class Running:
         return self.log.read_text().splitlines()
 
 
+def few_files() -> None:
+    """What a process may open, unless it asks for more, is what it mostly is."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024 if hard == resource.RLIM_INFINITY else min(1024, hard), hard))
+
+
 @pytest.fixture
 def running(tmp_path: Path, wait_until: Callable[..., None]) -> Iterator[Running]:
     """The real manager, started as people start it."""
@@ -79,6 +86,7 @@ def running(tmp_path: Path, wait_until: Callable[..., None]) -> Iterator[Running
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            preexec_fn=few_files,
         )
     try:
         wait_until(word.exists, "the manager listens", 60)
@@ -262,6 +270,23 @@ def test_strangers_cannot_fill_the_memory_with_unfinished_messages(monkeypatch, 
             return another.answer()["type"] == "status"
 
     wait_until(has_room, "what the strangers left is forgotten")
+
+
+@pytest.mark.parametrize("said", [b'{"a":"' + b"x" * 2_000_000, b'{"a":"' + b"x" * 900_000], ids=["too large", "slow"])
+def test_what_was_refused_is_forgotten_before_its_client_has_left(monkeypatch, server, raw, wait_until, said):
+    kept: list[weakref.ref[FrameReader]] = []
+
+    class Watched(FrameReader):
+        def __init__(self) -> None:
+            super().__init__()
+            kept.append(weakref.ref(self))
+
+    monkeypatch.setattr(server_module, "FrameReader", Watched)
+    monkeypatch.setattr(server_module, "_LINGER_S", 30.0)
+    with raw(server(request_timeout_s=0.5)) as client:
+        client.send(said)
+        assert client.answer()["code"] in ("too_large", "timeout")
+        wait_until(lambda: kept and all(each() is None for each in kept), "nothing of it is left", 5)
 
 
 def test_work_goes_on_in_a_flood_of_status(running):
