@@ -58,7 +58,7 @@ ERROR_CODES = {
     "unknown_attempt": "The task was never handed out so.",
     "unknown_name": "No task, phase or group of failures has this name.",
     "no_result": "The task is said to be complete, but its result is not here.",
-    "retry_later": "The manager cannot store anything at present; keep the result and try again.",
+    "retry_later": "The manager cannot take anything at present; keep the result and try again.",
     "too_many_connections": "The manager serves 2,048 connections already.",
     "internal": "The manager failed on this request; its log has the reason.",
 }
@@ -95,6 +95,11 @@ class FrameReader:
     def is_inside(self) -> bool:
         """Whether an object has begun and not ended."""
         return bool(self.buffer)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of the object that has begun and not ended."""
+        return len(self.buffer)
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Take in bytes; the objects that they complete, one by one.

@@ -11,9 +11,8 @@ import os
 import resource
 import socket
 import ssl
-import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from fedsweep.address import is_loopback
 from fedsweep.errors import FedsweepError, ProtocolError, UsageError
@@ -30,10 +29,10 @@ from fedsweep.manager.protocol import (
     error_message,
     parse_request,
 )
+from fedsweep.manager.refusal_log import refusals
 from fedsweep.manager.tls import HELLO, HandshakeFailed, TlsStream
 
 log = logging.getLogger(__name__)
-refusals = logging.getLogger(f"{__name__}.refusals")
 
 Answer = Callable[[Request, bool], Mapping[str, Any]]
 _Source = asyncio.StreamReader | TlsStream
@@ -41,9 +40,13 @@ _Sink = asyncio.StreamWriter | TlsStream
 
 _CHUNK = 65_536
 _LINGER_S = 1.0
-_SPARE_FILES = 128  # file descriptors that the manager needs beside those of the connections
+MAX_UNPROVEN = 128 * 1024 * 1024  # bytes of unfinished requests of all those together who have not shown the token yet
+
+# Connections that are taken in at a time. Those over the limit are open for a moment, too, and asyncio logs each one
+# for which there is no file descriptor, with a traceback.
+_ACCEPTED_AT_ONCE = 32
+_SPARE_FILES = 256  # file descriptors that the manager needs beside those of the connections within the limit
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # a silent peer is given up after 2 minutes
-_SELDOM_S = 10.0
 
 _OLD_STATUS_FIELDS = ("total", "pending", "assigned", "complete", "failed", "progress")
 _OLD_TASK_FIELDS = (
@@ -59,27 +62,6 @@ _OLD_TASK_FIELDS = (
     "retry_count",
     "last_error",
 )
-
-
-class Seldom(logging.Filter):
-    """Lets one line of a kind through in ten seconds, so that nobody out there can fill the log."""
-
-    def __init__(self, pause_s: float = _SELDOM_S, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__()
-        self.pause_s = pause_s
-        self.clock = clock
-        self.said_at: dict[str, float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the last line of this kind is long enough ago."""
-        kind, now = str(record.msg), self.clock()
-        if now - self.said_at.get(kind, -self.pause_s) < self.pause_s:
-            return False
-        self.said_at[kind] = now
-        return True
-
-
-refusals.addFilter(Seldom())
 
 
 async def serve_connection(
@@ -107,21 +89,24 @@ async def serve_connection(
     deadline = asyncio.get_running_loop().time() + request_timeout_s
     source: _Source = reader
     sink: _Sink = writer
+    last_words = None
     try:
-        if tls is not None:
-            source = sink = await _secured(reader, writer, tls, deadline)
-        gate = _Gate(token, allow_legacy=allow_legacy and is_loopback(_peer(writer)))
-        await _serve_requests(source, sink, answer, gate, deadline, request_timeout_s)
-    except TimeoutError:
-        text = f"no complete request in {request_timeout_s:g} s"
-        await _say_last(source, sink, error_message("timeout", text))
-    except ProtocolError as error:
-        refusals.warning(f"%s cannot be understood: {error.code}", _peer(writer))
-        await _say_last(source, sink, error_message(error.code, str(error)))
-    except HandshakeFailed as error:
-        refusals.warning("%s: no TLS connection came about (%s)", _peer(writer), error)
-    except ConnectionError:
-        pass  # the client has gone; what it holds comes back when its lease ends
+        try:
+            if tls is not None:
+                source = sink = await _secured(reader, writer, tls, deadline)
+            gate = _Gate(token, allow_legacy=allow_legacy and is_loopback(_peer(writer)))
+            await _serve_requests(source, sink, answer, gate, deadline, request_timeout_s)
+        except TimeoutError:
+            last_words = error_message("timeout", f"no complete request in {request_timeout_s:g} s")
+        except ProtocolError as error:
+            refusals.warn(f"%s cannot be understood: {error.code}", _peer(writer))
+            last_words = error_message(error.code, str(error))
+        except HandshakeFailed as error:
+            refusals.warn("%s: no TLS connection came about (%s)", _peer(writer), error)
+        except OSError:
+            pass  # the client has gone, or the network has; what it holds comes back when its lease ends
+        if last_words is not None:  # only now: an exception holds on to all that was sent
+            await _say_last(source, sink, last_words)
     finally:
         sink.close()
 
@@ -156,24 +141,54 @@ async def _serve_requests(
     """Answer requests until the client ends its side."""
     frames = FrameReader()
     loop = asyncio.get_running_loop()
-    while True:
-        may_wait = gate.has_admitted and not frames.is_inside
-        async with asyncio.timeout_at(None if may_wait else deadline):
-            data = await source.read(_CHUNK)
-        if not data:
-            break
-        if may_wait:
-            deadline = loop.time() + request_timeout_s
-        for frame in frames.feed(data):
-            sink.write(_reply(frame, answer, gate))
-            async with asyncio.timeout(request_timeout_s):
-                await sink.drain()
-            await asyncio.sleep(0)  # a client with many requests at once does not keep others waiting
-            deadline = loop.time() + request_timeout_s
+    with _Unproven() as unproven:
+        while True:
+            may_wait = gate.has_admitted and not frames.is_inside
+            async with asyncio.timeout_at(None if may_wait else deadline):
+                data = await source.read(_CHUNK)
+            if not data:
+                break
+            if may_wait:
+                deadline = loop.time() + request_timeout_s
+            for frame in frames.feed(data):
+                sink.write(_reply(frame, answer, gate))
+                async with asyncio.timeout(request_timeout_s):
+                    await sink.drain()
+                await asyncio.sleep(0)  # a client with many requests at once does not keep others waiting
+                deadline = loop.time() + request_timeout_s
+            unproven.hold(0 if gate.has_admitted else frames.waiting)
     if frames.is_inside:
         raise ProtocolError("truncated", "the connection ended inside a message")
     if isinstance(source, TlsStream) and not gate.has_asked:
         raise HandshakeFailed("it left without a request; does it expect another certificate?")
+
+
+class _Unproven:
+    """What one client that has not shown the token yet has sent of its request. All together have a limit: otherwise
+    strangers could fill the memory, a message each.
+    """
+
+    total = 0  # bytes
+
+    def __init__(self) -> None:
+        self._held = 0
+
+    def hold(self, count: int) -> None:
+        """Hold so many bytes from now on.
+
+        Raises:
+            ProtocolError: there is no room for them.
+        """
+        _Unproven.total += count - self._held
+        self._held, grows = count, count > self._held
+        if grows and _Unproven.total > MAX_UNPROVEN:
+            raise ProtocolError("retry_later", "too many clients without the token send large messages; try again")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hold(0)
 
 
 async def _say_last(source: _Source, sink: _Sink, message: Mapping[str, Any]) -> None:
@@ -184,7 +199,7 @@ async def _say_last(source: _Source, sink: _Sink, message: Mapping[str, Any]) ->
     if sink.transport.get_write_buffer_size() > 0:
         sink.transport.abort()  # it does not even take what it was told before
         return
-    with contextlib.suppress(ConnectionError, TimeoutError):
+    with contextlib.suppress(OSError):
         sink.write(encode(message))
         sink.write_eof()
         async with asyncio.timeout(_LINGER_S):
@@ -227,7 +242,7 @@ def _reply(frame: Frame, answer: Answer, gate: _Gate) -> bytes:
         return fitted(reply) if is_legacy else encode(reply)
     except ProtocolError as error:
         if error.code == "unauthorized":
-            refusals.warning("a request was refused: %s", error)
+            refusals.warn("a request was refused: %s", error)
         return encode(error_message(error.code, str(error)))
     except FedsweepError as error:
         log.warning("a request failed: %s", error)
@@ -291,7 +306,8 @@ async def listen(
         exposed: also where other machines can connect. Otherwise the address that was bound is checked before
             anybody is let in.
         speaks_tls: whether `handle` expects TLS, so that nobody is told anything in plain text here.
-        max_connections: the next one is told `too_many_connections` and closed.
+        max_connections: the next one is told `too_many_connections` and closed. Fewer, where the system allows fewer
+            open files.
 
     Raises:
         UsageError: the address is taken or not ours, or others can reach it although that was not asked for.
@@ -299,14 +315,18 @@ async def listen(
     if not 0 <= port <= 65_535:
         raise UsageError(f"port {port}: expected 0 to 65535")
     addresses = await _resolve(host, port)
-    _allow_open_files(max_connections + _SPARE_FILES)
+    limit = max(1, min(max_connections, _allow_open_files(max_connections + _SPARE_FILES) - _SPARE_FILES))
+    if limit < max_connections:
+        log.warning("this system allows %d connections at once, not %d; see `ulimit -Hn`", limit, max_connections)
     open_connections = 0
 
     async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal open_connections
-        if open_connections >= max_connections:
+        if open_connections >= limit:
+            text = f"{limit:,} connections are open"
+            refusals.warn("%s was refused: %s", _peer(writer), text)
             if not speaks_tls:
-                writer.write(encode(error_message("too_many_connections", f"{max_connections:,} connections are open")))
+                writer.write(encode(error_message("too_many_connections", text)))
             writer.close()
             return
         open_connections += 1
@@ -320,7 +340,7 @@ async def listen(
     chosen = addresses[:1] if port == 0 else addresses
     try:
         server = await asyncio.start_server(
-            admit, chosen, port, backlog=max_connections, limit=_CHUNK, reuse_address=True, start_serving=False
+            admit, chosen, port, backlog=_ACCEPTED_AT_ONCE, limit=_CHUNK, reuse_address=True, start_serving=False
         )
     except OSError as error:
         raise UsageError(f"cannot listen on {host}:{port}: {_reason(error)}") from None
@@ -329,6 +349,9 @@ async def listen(
         raise UsageError(f"--host {host} is {bound[0]}, which other machines can reach; nothing would be encrypted")
     try:
         await server.start_serving()
+        for each in server.sockets:
+            with socket.socket(fileno=os.dup(each.fileno())) as same:
+                same.listen(max_connections)  # so many may wait to be taken in
     except OSError as error:
         server.close()
         raise UsageError(f"cannot listen on {host}:{port}: {_reason(error)}") from None
@@ -361,12 +384,15 @@ def _reason(error: Exception) -> str:
     return reason
 
 
-def _allow_open_files(number: int) -> None:
-    """Raise the process's own limit on open files, as far as the system lets it."""
+def _allow_open_files(number: int) -> int:
+    """Raise the process's own limit on open files, as far as the system lets it; how many of so many it may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    if soft == resource.RLIM_INFINITY or soft >= number:
+        return number
+    if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def _tune(writer: asyncio.StreamWriter) -> None:

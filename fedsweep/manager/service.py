@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedsweep.address import Address
 from fedsweep.errors import UsageError
+from fedsweep.manager.refusal_log import refusals
 from fedsweep.manager.server import is_exposed, listen
 from fedsweep.manager.state_dir import TLS_FILE, remove_address, write_address
 from fedsweep.manager.tls import ensure_identity
@@ -49,6 +50,7 @@ async def serve(manager: ExperimentManager, *, stay: bool, grace_s: float) -> No
     finally:
         manager.running = False
         remove_address(manager.state_dir)
+        refusals.tell(is_last=True)
         server.close()
         await connections.close()
 
@@ -127,6 +129,7 @@ async def _until_over(manager: ExperimentManager, *, stay: bool, grace_s: float)
     while True:
         manager.check_stale_assignments()
         manager.sweep.look_at_pace()
+        refusals.tell()
         if manager.stops > 1:
             return
         if manager.stops == 1:

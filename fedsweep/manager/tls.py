@@ -51,7 +51,9 @@ def ensure_identity(path: Path, now: datetime.datetime | None = None) -> Identit
     advice = "delete it, start the manager again, and give the workers the new join string"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.num_tickets = 0  # a client that waits hears nothing that it did not ask for
+    # Session tickets would lie unread with a client that leaves over the fingerprint: it would reset the connection,
+    # and our log could not say why.
+    context.num_tickets = 0
     try:
         certificate = x509.load_pem_x509_certificate(read_private(path, _MOST))
         context.load_cert_chain(path)

@@ -6,6 +6,7 @@ What is answered to bad input, word for word: `test_bad_requests.py`.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -217,6 +218,28 @@ def test_a_client_that_resets_the_connection_harms_nobody(port: int, caplog: pyt
             client.send(STATUS[:cut])
             client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert not caplog.records
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_request_harms_nobody(
+    port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It cannot even be told so, which is no reason for a traceback in the log."""
+    for cut in range(1, len(STATUS), 5):
+        with Client(port) as client:
+            client.send(STATUS[:cut])
+        with Client(port) as other:
+            assert other.ask(type="status", token=TOKEN)["type"] == "status"
+    assert not [record.exc_text for record in caplog.records if record.exc_info]
+
+
+def test_a_network_that_fails_ends_the_connection_and_nothing_else() -> None:
+    async def serve() -> None:
+        reader, peer = asyncio.StreamReader(), Peer("127.0.0.1")
+        reader.set_exception(OSError(errno.EHOSTUNREACH, "No route to host"))
+        await serve_connection(reader, peer, answer, token=TOKEN)  # type: ignore[arg-type]
+        assert peer.closed
+
+    asyncio.run(serve())
 
 
 # ---- what goes wrong in the manager

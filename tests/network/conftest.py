@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -15,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench import Bench
 
 from fedsweep.manager import ExperimentManager
 from fedsweep.manager.protocol import Request
-from fedsweep.manager.server import listen, refusals, serve_connection
+from fedsweep.manager.refusal_log import Seldom, refusals
+from fedsweep.manager.server import listen, serve_connection
+from fedsweep.worker.client import ManagerClient
 
 TOKEN = "t0ken-of-the-tests"
 STATUS = json.dumps({"type": "status", "token": TOKEN}).encode() + b"\n"
@@ -34,8 +39,7 @@ first:
 @pytest.fixture(autouse=True)
 def every_refusal_is_logged() -> None:
     """The log may have a line of each kind again."""
-    for each in refusals.filters:
-        each.said_at.clear()  # type: ignore[union-attr]
+    refusals.forget()
 
 
 def answer(request: Request, legacy: bool) -> dict[str, Any]:
@@ -189,4 +193,27 @@ def stop() -> Callable[[ExperimentManager], None]:
 def log_lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What the server has said of those that it refused."""
     caplog.set_level(logging.INFO)
-    return lambda: [record.getMessage() for record in caplog.records if record.name == refusals.name]
+    return lambda: [record.getMessage() for record in caplog.records if record.name == Seldom.__module__]
+
+
+@pytest.fixture(scope="module")
+def figures() -> Iterator[Counter[str]]:
+    """What was hit, by all tests together."""
+    hits: Counter[str] = Counter()
+    yield hits
+    print("figures:", json.dumps(dict(sorted(hits.items()))))
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Counter[str]) -> Iterator[Callable[..., Bench]]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no plug is pulled here
+    monkeypatch.setattr(ManagerClient, "_exchange", ManagerClient._exchange)  # as it is, it is put back
+    with ExitStack() as stack:
+
+        def make(tasks: int, **options: Any) -> Bench:
+            made = stack.enter_context(Bench(tasks, **options))
+            stack.callback(lambda: figures.update(made.network.hits))
+            return made
+
+        yield make

@@ -89,6 +89,22 @@ def test_on_loopback_nothing_changes(managers, clients, capsys):
     assert clients(manager.port, token=token).ask({"type": "status"})["type"] == "status"
 
 
+def test_after_the_handshake_a_client_hears_nothing_that_it_did_not_ask_for(identity):
+    """Not even session tickets: with those unread, one that leaves over the fingerprint would reset the connection,
+    and the manager's log could not say why it left.
+    """
+    to_manager, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    client = context.wrap_bio(to_client, to_manager)
+    manager = identity.context.wrap_bio(to_manager, to_client, server_side=True)
+    for side in (client, manager, client, manager):
+        with suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    assert client.version() == manager.version() == "TLSv1.3"
+    assert to_client.pending == 0
+
+
 def test_requests_share_one_tls_connection(server, identity, clients, monkeypatch):
     opened = []
     monkeypatch.setattr(client_module, "secure", lambda *given: opened.append(1) or secure(*given))

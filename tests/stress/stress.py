@@ -38,6 +38,8 @@ PARTS = (
     ),
     _tests("every crash point", "tests/manager/test_crashes.py"),
     _tests("power loss", "tests/manager/test_power_loss.py", minutes=10, FEDSWEEP_EXAMPLES="5000"),
+    _tests("bad network", "tests/network/test_bad_network.py", FEDSWEEP_EXAMPLES="2"),
+    _tests("workers on a bad network", "tests/network/test_workers_on_a_bad_network.py", FEDSWEEP_EXAMPLES="3"),
     _tests("state machine", "tests/manager/test_ledger_machine.py", FEDSWEEP_EXAMPLES="2000"),
     _tests("parsers", "tests/fuzz", FEDSWEEP_EXAMPLES="2000"),
 )
