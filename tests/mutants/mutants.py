@@ -28,20 +28,21 @@ class Mutant:
 
 
 LEDGER, SCHEMA = "fedsweep/manager/ledger.py", "fedsweep/manager/schema.py"
+TRANSACTIONS = "fedsweep/manager/transactions.py"
 
 MUTANTS = (
     Mutant(
         "ack before commit",  # each change is committed by the next one
         (
             Edit(
-                LEDGER,
+                TRANSACTIONS,
                 '            self._db.execute("BEGIN IMMEDIATE")\n',
                 "            if self._db.in_transaction:\n"
                 '                self._db.execute("COMMIT")\n'
                 '            self._db.execute("BEGIN IMMEDIATE")\n',
             ),
             Edit(
-                LEDGER,
+                TRANSACTIONS,
                 '            yield self._db\n            self._db.execute("COMMIT")\n',
                 "            yield self._db\n",
             ),
