@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 HISTORY_FILE = "history.parquet"
 NextPage = Callable[[int], list[History]]  # results behind this place in the order of acceptance
+ROW_GROUP = 500  # results; pages are smaller, so that nobody waits for long while one is made
 
 
 def write_history(output_dir: str | Path, next_page: NextPage) -> bool:
@@ -25,6 +26,7 @@ def write_history(output_dir: str | Path, next_page: NextPage) -> bool:
 
     Rounds of experiments that are in the file already and in no page (of another sweep, say) are kept.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = Path(output_dir) / HISTORY_FILE
@@ -35,10 +37,8 @@ def write_history(output_dir: str | Path, next_page: NextPage) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     written: set[str] = set()
     with pq.ParquetWriter(fresh, _schema()) as writer:
-        while page:
-            writer.write_table(_table(page))
-            written.update(history.signature for history in page)
-            page = next_page(page[-1].place)
+        for tables in _groups(page, next_page, written):
+            writer.write_table(pa.concat_tables(tables).combine_chunks())
         for others in _rounds_of_others(path, written):
             writer.write_table(others)
     with fresh.open("rb") as stream:
@@ -46,6 +46,20 @@ def write_history(output_dir: str | Path, next_page: NextPage) -> bool:
     os.replace(fresh, path)
     fsync(path.parent)
     return True
+
+
+def _groups(page: list[History], next_page: NextPage, written: set[str]) -> Iterator[list[pa.Table]]:
+    """The rounds of this page and all behind it, enough for a row group at a time; notes whose they are."""
+    tables: list[pa.Table] = []
+    gathered = 0
+    while page:
+        tables.append(_table(page))
+        written.update(history.signature for history in page)
+        gathered += len(page)
+        page = next_page(page[-1].place)
+        if gathered >= ROW_GROUP or not page:
+            yield tables
+            tables, gathered = [], 0
 
 
 def _schema() -> pa.Schema:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["RESULT_COLUMNS", "finished_signatures", "read_results", "summarise", "write_summary"]
 
 SUMMARY_FILE = "summary.csv"
+AT_ONCE = 5_000  # rows that are text at one time: as text, a field takes many times the memory of a number
 _DEFAULTS = {name: field.default for name, field in Experiment.model_fields.items()}
 _TEXT = {"phase", "signature", *TEXT_FIELDS, *(name for name, value in _DEFAULTS.items() if isinstance(value, str))}
 _NUMBERS = {*NUMBER_FIELDS, *(name for name, value in _DEFAULTS.items() if isinstance(value, float))}
@@ -42,12 +44,17 @@ def read_results(folder: str | Path) -> pd.DataFrame:
 
     path = Path(folder) / FILE_NAME
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        with pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", chunksize=AT_ONCE) as parts:
+            rows = pd.concat([_typed_rows(part) for part in parts])
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     missing = [name for name in RESULT_COLUMNS if name not in rows]
     if missing:
         raise DataError(f"{path} is no results file: it has no column {missing[0]}")
+    return rows
+
+
+def _typed_rows(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**{name: _typed(name, rows[name]) for name in map(str, rows.columns)})
 
 
@@ -59,7 +66,7 @@ def _typed(name: str, fields: pd.Series[str]) -> pd.Series[Any]:
     if name in _INTEGERS:
         numbers = pd.Series([_number(int, field) for field in fields], index=fields.index, dtype="Int64")
         return numbers if numbers.isna().any() else numbers.astype("int64")
-    return fields.map(unguard) if name in _TEXT else fields
+    return fields.map(unguard).map(sys.intern) if name in _TEXT else fields  # the same text, once in memory
 
 
 def _number(kind: Callable[[str], float], field: str) -> float | None:
