@@ -81,25 +81,26 @@ def _schema() -> pa.Schema:
 
 
 def _table(page: list[History]) -> pa.Table:
+    """The rounds of these results; made by columns, which is quicker than by rows."""
     import pyarrow as pa
 
-    rounds = [_round(history, record) for history in page for record in history.result["history"]]
-    return pa.Table.from_pylist(rounds, schema=_schema())
-
-
-def _round(history: History, record: dict[str, Any]) -> dict[str, Any]:
-    is_best = record["round"] == history.result.get("best_epoch")
-    return {
-        "signature": history.signature,
-        "task_id": history.task_id,
-        "seed": history.seed,
-        "round": record["round"],
-        "val_loss": record.get("val_loss"),
-        "val_acc": record.get("val_acc"),
-        "nonfinite_clients": record.get("nonfinite_clients", 0),
-        "is_best": is_best,
-        "per_class_test_acc": history.result.get("per_class_test_acc") if is_best else None,
+    rounds = [(history, record) for history in page for record in history.result["history"]]
+    best = [record["round"] == history.result.get("best_epoch") for history, record in rounds]
+    columns: dict[str, list[Any]] = {
+        "signature": [history.signature for history, _ in rounds],
+        "task_id": [history.task_id for history, _ in rounds],
+        "seed": [history.seed for history, _ in rounds],
+        "round": [record["round"] for _, record in rounds],
+        "val_loss": [record.get("val_loss") for _, record in rounds],
+        "val_acc": [record.get("val_acc") for _, record in rounds],
+        "nonfinite_clients": [record.get("nonfinite_clients", 0) for _, record in rounds],
+        "is_best": best,
+        "per_class_test_acc": [
+            history.result.get("per_class_test_acc") if is_best else None
+            for (history, _), is_best in zip(rounds, best, strict=True)
+        ],
     }
+    return pa.table(columns, schema=_schema())
 
 
 def _rounds_of_others(path: Path, written: set[str]) -> list[pa.Table]:
