@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,11 +33,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import floor
+import machine
 import numpy as np
 import scenarios
 import venvs
@@ -120,8 +119,8 @@ def main() -> None:
         valid = valid and differences.get("P0", 0.0) <= TOLERANCE
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        about = machine(args) | {"peaks": asdict(peaks), "workloads": results, "valid": valid}
-        args.json.write_text(json.dumps(about, indent=2) + "\n")
+        found = about(args) | {"peaks": asdict(peaks), "workloads": results, "valid": valid}
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
         say(f"written to {args.json}")
     if not valid:
         sys.exit(f"INVALID: P0 and ours do not compute the same (more than {TOLERANCE:g} apart after a round)")
@@ -372,30 +371,10 @@ def line(name: str, side: Found) -> str:
     )
 
 
-def machine(args: argparse.Namespace) -> Found:
+def about(args: argparse.Namespace) -> Found:
     """When, where and with what."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    return {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "cpu": cpu_model(),
-        "cores": args.cores,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "repeats": args.repeats,
-        "quick": args.quick,
-        "rounds_of_an_experiment": ROUNDS_OF_AN_EXPERIMENT,
-    }
-
-
-def cpu_model() -> str:
-    """The processor, by Linux's name for it, which in a virtual machine may be a vague one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    facts = dict(part for line in lines if len(part := [each.strip() for each in line.split(":", 1)]) == 2)
-    return ", ".join(f"{name} {facts[name]}" for name in ("model name", "cpu family", "model") if name in facts)
+    asked = {"cores": args.cores, "repeats": args.repeats, "quick": args.quick}
+    return machine.about() | asked | {"rounds_of_an_experiment": ROUNDS_OF_AN_EXPERIMENT}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedsweep.errors import ProtocolError
@@ -49,6 +49,26 @@ def answer(sweep: OpenSweep, request: Request, legacy: bool) -> dict[str, Any]:
         raise ProtocolError("unknown_attempt", str(error)) from None
     except LedgerUnwritable as error:
         raise ProtocolError("retry_later", str(error)) from None
+
+
+def answer_together(sweep: OpenSweep, asked: Sequence[tuple[Request, bool]]) -> list[dict[str, Any] | Exception]:
+    """The answers to requests that change something, or what `answer` raised for them.
+
+    All that they changed is one transaction, on disk when this returns. Where the disk refuses that, each is answered
+    by itself, so that only those that cannot be served hear so.
+    """
+    try:
+        with sweep.together():
+            return [_answer_or_error(sweep, *each) for each in asked]
+    except LedgerUnwritable:
+        return [_answer_or_error(sweep, *each) for each in asked]
+
+
+def _answer_or_error(sweep: OpenSweep, request: Request, legacy: bool) -> dict[str, Any] | Exception:
+    try:
+        return answer(sweep, request, legacy)
+    except Exception as error:
+        return error
 
 
 def _request_task(sweep: OpenSweep, request: RequestTask, legacy: bool) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 HISTORY_FILE = "history.parquet"
 NextPage = Callable[[int], list[History]]  # results behind this place in the order of acceptance
+ROW_GROUP = 500  # results; pages are smaller, so that nobody waits for long while one is made
 
 
 def write_history(output_dir: str | Path, next_page: NextPage) -> bool:
@@ -25,6 +26,7 @@ def write_history(output_dir: str | Path, next_page: NextPage) -> bool:
 
     Rounds of experiments that are in the file already and in no page (of another sweep, say) are kept.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = Path(output_dir) / HISTORY_FILE
@@ -35,16 +37,28 @@ def write_history(output_dir: str | Path, next_page: NextPage) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     written: set[str] = set()
     with open_fresh(fresh) as stream, pq.ParquetWriter(stream, _schema()) as writer:
-        while page:
-            writer.write_table(_table(page))
-            written.update(history.signature for history in page)
-            page = next_page(page[-1].place)
+        for tables in _groups(page, next_page, written):
+            writer.write_table(pa.concat_tables(tables).combine_chunks())
         for others in _rounds_of_others(path, written):
             writer.write_table(others)
     fsync(fresh)
     os.replace(fresh, path)
     fsync(path.parent)
     return True
+
+
+def _groups(page: list[History], next_page: NextPage, written: set[str]) -> Iterator[list[pa.Table]]:
+    """The rounds of this page and all behind it, enough for a row group at a time; notes whose they are."""
+    tables: list[pa.Table] = []
+    gathered = 0
+    while page:
+        tables.append(_table(page))
+        written.update(history.signature for history in page)
+        gathered += len(page)
+        page = next_page(page[-1].place)
+        if gathered >= ROW_GROUP or not page:
+            yield tables
+            tables, gathered = [], 0
 
 
 def _schema() -> pa.Schema:
@@ -66,25 +80,26 @@ def _schema() -> pa.Schema:
 
 
 def _table(page: list[History]) -> pa.Table:
+    """The rounds of these results; made by columns, which is quicker than by rows."""
     import pyarrow as pa
 
-    rounds = [_round(history, record) for history in page for record in history.result["history"]]
-    return pa.Table.from_pylist(rounds, schema=_schema())
-
-
-def _round(history: History, record: dict[str, Any]) -> dict[str, Any]:
-    is_best = record["round"] == history.result.get("best_epoch")
-    return {
-        "signature": history.signature,
-        "task_id": history.task_id,
-        "seed": history.seed,
-        "round": record["round"],
-        "val_loss": record.get("val_loss"),
-        "val_acc": record.get("val_acc"),
-        "nonfinite_clients": record.get("nonfinite_clients", 0),
-        "is_best": is_best,
-        "per_class_test_acc": history.result.get("per_class_test_acc") if is_best else None,
+    rounds = [(history, record) for history in page for record in history.result["history"]]
+    best = [record["round"] == history.result.get("best_epoch") for history, record in rounds]
+    columns: dict[str, list[Any]] = {
+        "signature": [history.signature for history, _ in rounds],
+        "task_id": [history.task_id for history, _ in rounds],
+        "seed": [history.seed for history, _ in rounds],
+        "round": [record["round"] for _, record in rounds],
+        "val_loss": [record.get("val_loss") for _, record in rounds],
+        "val_acc": [record.get("val_acc") for _, record in rounds],
+        "nonfinite_clients": [record.get("nonfinite_clients", 0) for _, record in rounds],
+        "is_best": best,
+        "per_class_test_acc": [
+            history.result.get("per_class_test_acc") if is_best else None
+            for (history, _), is_best in zip(rounds, best, strict=True)
+        ],
     }
+    return pa.table(columns, schema=_schema())
 
 
 def _rounds_of_others(path: Path, written: set[str]) -> list[pa.Table]:

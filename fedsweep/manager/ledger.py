@@ -19,9 +19,10 @@ from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.opening import open_database
 from fedsweep.manager.protocol import SCIENCE_FIELDS
 from fedsweep.manager.queue import choose
-from fedsweep.manager.records import Adoption, LedgerUnwritable, PlanChange, Task, UnknownAttempt, UnknownTask, Verdict
+from fedsweep.manager.records import Adoption, PlanChange, Task, UnknownAttempt, UnknownTask, Verdict
 from fedsweep.manager.state_json import State
 from fedsweep.manager.takeover import TakeOver, take_over
+from fedsweep.manager.transactions import Transactions
 from fedsweep.plan.grid import PlannedTask
 
 MAX_FAILURES = 4  # the first try and three retries
@@ -34,7 +35,7 @@ class Ledger:
     A *task* is known by its signature and is in one of four states. It is `pending` until it is handed out, `assigned`
     while one attempt of it is open, `complete` from the moment it has a result, and `failed` once a budget is spent.
     Every change of state names the state that it leaves and is refused (`TransitionRefused`) if the task is in another.
-    Every change is one transaction, on disk before the method returns.
+    Every change is one transaction, on disk before the method returns; see `together` for several.
 
     An *attempt* is one hand-out. Its number never repeats, over restarts too, and at most one attempt of a task is
     open. Its lease runs on the monotonic clock, lives in memory, and is renewed in full when the ledger is opened: a
@@ -58,6 +59,8 @@ class Ledger:
         self.path = Path(path)
         self.clock = clock or Clock()
         self._db = open_database(self.path)
+        self._transactions = Transactions(self._db)
+        self._transaction = self._transactions.change
         self.view = LedgerView(self._db)
         self.failures = FailureView(self._db, MAX_LOSSES)
         self._lease_ends: dict[int, float] = {}
@@ -78,16 +81,19 @@ class Ledger:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def together(self) -> Iterator[None]:
+        """Changes that are made together are one transaction: all are on disk when this ends, or none was made.
+
+        One that raises is undone alone, unless it was the disk that refused it. If none was made, leases that any of
+        them ended run anew.
+        """
+        known = self._lease_ends
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            yield self._db
-            self._db.execute("COMMIT")
-        except BaseException as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            if isinstance(error, sqlite3.OperationalError):
-                raise LedgerUnwritable(f"the ledger cannot be written ({error}); nothing was changed") from error
+            with self._transactions.together():
+                yield
+        except BaseException:
+            self._renew_all()
+            self._lease_ends.update((attempt, end) for attempt, end in known.items() if attempt in self._lease_ends)
             raise
 
     # ---- the plan -------------------------------------------------------------------------------------------------

@@ -188,12 +188,13 @@ class LedgerView:
         for row in rows:
             yield row["signature"], _whole(row)
 
-    def histories(self, output_dir: str, after: int = 0, limit: int = 500) -> list[History]:
+    def histories(self, output_dir: str, after: int = 0, limit: int = 50) -> list[History]:
         """Results of this folder that have a history, in the order of acceptance, from behind place `after`."""
+        # With its `+` the folder is looked at in the few cells of a task, not the task in all cells of the folder.
         rows = self._db.execute(
             "SELECT r.number, t.signature, t.task_id, t.seed, r.data, r.history "
             "FROM results r JOIN tasks t ON t.number = r.task WHERE r.number > ? AND r.history IS NOT NULL "
-            "AND EXISTS (SELECT 1 FROM cells c WHERE c.task = r.task AND c.output_dir = ?) ORDER BY r.number LIMIT ?",
+            "AND EXISTS (SELECT 1 FROM cells c WHERE c.task = r.task AND +c.output_dir = ?) ORDER BY r.number LIMIT ?",
             (after, output_dir, limit),
         )
         return [

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from fedsweep.manager import answers, file_systems, service
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.failures import Failure
 from fedsweep.manager.fleet import LIVE_S
+from fedsweep.manager.gathering import CHANGING, Gathering
 from fedsweep.manager.output_roots import check_known_dirs, check_output_dirs
 from fedsweep.manager.protocol import Request
 from fedsweep.manager.records import PlanChange, Verdict
@@ -109,6 +110,7 @@ class ExperimentManager:
         self.stops = 0  # how often it was told to stop
         self.ended_as_asked = False  # whether to end with tasks left is no interruption
         self._open_sweep: OpenSweep | None = None
+        self._gathering = Gathering(self.answer_together)
         self._config: SweepConfig | None = None
         self._digest = ""
 
@@ -300,12 +302,20 @@ class ExperimentManager:
         """
         return answers.answer(self.sweep, request, legacy)
 
+    def answer_together(self, asked: Sequence[tuple[Request, bool]]) -> list[dict[str, Any] | Exception]:
+        """The answers to several requests, as `answer` gives them, or what it would raise; see `OpenSweep.together`."""
+        return answers.answer_together(self.sweep, asked)
+
+    def _answer_in_time(self, request: Request, legacy: bool) -> dict[str, Any] | Awaitable[dict[str, Any]]:
+        """The answer to a request, or, where that waits for the disk, what it can be awaited from."""
+        return (self._gathering.answer if isinstance(request, CHANGING) else self.answer)(request, legacy)
+
     async def handle_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
         await serve_connection(
             reader,
             writer,
-            self.answer,
+            self._answer_in_time,
             token=self.sweep.token,
             tls=None if self.identity is None else self.identity.context,
             allow_legacy=self.allow_legacy,

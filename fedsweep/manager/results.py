@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ from fedsweep.errors import DataError
 from fedsweep.files import fsync, open_fresh, read_plain
 from fedsweep.manager.adoption import INTEGER_FIELDS, NUMBER_FIELDS, TEXT_FIELDS, match, read_result
 from fedsweep.manager.columns import FILE_NAME, RESULT_COLUMNS, unguard
-from fedsweep.manager.csv_lines import read_header, read_row, split
+from fedsweep.manager.csv_lines import Header, read_header, read_row, split
 from fedsweep.manager.enrolment import MATCH_PARAMETERS, join
 from fedsweep.manager.summary import summarise
 from fedsweep.plan.experiment import Experiment
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["RESULT_COLUMNS", "finished_signatures", "read_results", "summarise", "write_summary"]
 
 SUMMARY_FILE = "summary.csv"
+AT_ONCE = 5_000  # rows that are text at one time: as text, a field takes many times the memory of a number
 _DEFAULTS = {name: field.default for name, field in Experiment.model_fields.items()}
 _TEXT = {"phase", "signature", *TEXT_FIELDS, *(name for name, value in _DEFAULTS.items() if isinstance(value, str))}
 _NUMBERS = {*NUMBER_FIELDS, *(name for name, value in _DEFAULTS.items() if isinstance(value, float))}
@@ -51,26 +55,37 @@ def parse_results(name: str, content: bytes) -> pd.DataFrame:
     """The rows that stand in a file of this name; see `read_results`."""
     import pandas as pd
 
-    lines, tail = split(content)
-    header = read_header(lines[0]) if lines else None
+    lines = io.BytesIO(content)
+    first = lines.readline()
+    header = read_header(first[:-1]) if first.endswith(b"\n") else None
     if header is None:
         raise DataError(f"{name} is no results file: its first line is not the header of one")
     if missing := [column for column in RESULT_COLUMNS if column not in header.columns]:
         raise DataError(f"{name} is no results file: it has no column {missing[0]}")
-    fields: dict[str, list[str]] = {column: [] for column in header.columns if column}
-    for number, raw in enumerate([*lines[1:], tail], start=2):
+    columns = [column for column in header.columns if column]
+    rows = _parsed(name, lines, header)
+    parts = [_typed_rows(columns, part) for part in iter(lambda: list(itertools.islice(rows, AT_ONCE)), [])]
+    return pd.concat(parts, ignore_index=True) if parts else _typed_rows(columns, [])
+
+
+def _parsed(name: str, lines: Iterable[bytes], header: Header) -> Iterator[Mapping[str, str]]:
+    """The rows behind the header."""
+    for number, raw in enumerate(lines, start=2):
         if not raw.strip():
             continue
         try:
-            row = read_row(raw, header)
+            yield read_row(raw.removesuffix(b"\n"), header)
         except ValueError as error:
-            if raw is tail:  # it is still being written
-                break
+            if not raw.endswith(b"\n"):  # it is still being written
+                return
             advice = "remove it, or let `fedsweep doctor --repair` cut it out"
             raise DataError(f"{name}: line {number} is no row ({error}); {advice}") from None
-        for column, values in fields.items():
-            values.append(row.get(column, ""))
-    return pd.DataFrame({column: _typed(column, values) for column, values in fields.items()})
+
+
+def _typed_rows(columns: Iterable[str], rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame({column: _typed(column, [row.get(column, "") for row in rows]) for column in columns})
 
 
 def _typed(name: str, fields: Sequence[str]) -> pd.Series[Any]:
@@ -81,7 +96,9 @@ def _typed(name: str, fields: Sequence[str]) -> pd.Series[Any]:
     if name in _INTEGERS:
         numbers = pd.Series([_number(_int64, field) for field in fields], dtype="Int64")
         return numbers if numbers.isna().any() else numbers.astype("int64")
-    return pd.Series([unguard(field) if name in _TEXT else field for field in fields], dtype="str")
+    if name in _TEXT:
+        fields = [sys.intern(unguard(field)) for field in fields]  # the same text, once in memory
+    return pd.Series(fields, dtype="str")
 
 
 def _int64(field: str) -> int:

@@ -34,7 +34,7 @@ from fedsweep.manager.tls import HELLO, HandshakeFailed, TlsStream
 
 log = logging.getLogger(__name__)
 
-Answer = Callable[[Request, bool], Mapping[str, Any]]
+Answer = Callable[[Request, bool], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
 _Source = asyncio.StreamReader | TlsStream
 _Sink = asyncio.StreamWriter | TlsStream
 
@@ -79,7 +79,8 @@ async def serve_connection(
     Args:
         reader: the client's bytes.
         writer: where answers go; closed at the end.
-        answer: maps a request, and whether an old client sent it, to the answer; a ProtocolError is answered as error.
+        answer: maps a request, and whether an old client sent it, to the answer, or to what the answer can be awaited
+            from; a ProtocolError is answered as error.
         token: what every request must carry, but those of old clients.
         tls: shake hands first, with this certificate; None: plain text.
         allow_legacy: serve requests without a token, on loopback.
@@ -151,7 +152,7 @@ async def _serve_requests(
             if may_wait:
                 deadline = loop.time() + request_timeout_s
             for frame in frames.feed(data):
-                sink.write(_reply(frame, answer, gate))
+                sink.write(await _reply(frame, answer, gate))
                 async with asyncio.timeout(request_timeout_s):
                     await sink.drain()
                 await asyncio.sleep(0)  # a client with many requests at once does not keep others waiting
@@ -233,12 +234,14 @@ class _Gate:
         return given is None
 
 
-def _reply(frame: Frame, answer: Answer, gate: _Gate) -> bytes:
+async def _reply(frame: Frame, answer: Answer, gate: _Gate) -> bytes:
     """The bytes that answer one request. Never raises for what a client sent."""
     try:
         message = decode(frame.raw)
         is_legacy = gate.admit(message)
         reply = answer(parse_request(message), is_legacy)
+        if isinstance(reply, Awaitable):
+            reply = await reply
         return fitted(reply) if is_legacy else encode(reply)
     except ProtocolError as error:
         if error.code == "unauthorized":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from fedsweep.manager.ledger import Ledger
 from fedsweep.manager.outputs import Outputs
 from fedsweep.manager.projection import Projection
 from fedsweep.manager.protocol import MAX_MESSAGE, TaskProgress, encode
-from fedsweep.manager.records import LedgerUnwritable, Task, UnknownTask, Verdict
+from fedsweep.manager.records import LedgerUnwritable, Row, Task, UnknownTask, Verdict
 from fedsweep.manager.state_dir import LEDGER_FILE, TOKEN_FILE, StateLock
 from fedsweep.manager.status import StatusReporter, brief
 from fedsweep.manager.token import ensure_token
@@ -32,6 +33,7 @@ MAX_GROUPS = 100  # of failures, in one answer
 ENVELOPE = 256  # bytes of an answer besides its tasks
 LONGEST_WAIT_S = 5.0
 
+Consequence = Callable[[], Iterable[Row] | None]  # of a change that is on disk; the rows that it brings
 Ending = Literal["drain", "stop"]
 ENDINGS: dict[Ending, str] = {
     "drain": "no more tasks are handed out (fedsweep drain); everything finished is kept",
@@ -68,7 +70,7 @@ class OpenSweep:
         self.lease_s = lease_s
         self.hands_out = True
         self.ending: Ending | None = None  # why workers are told that there is no more for them
-        with ExitStack() as opened:
+        with contextlib.ExitStack() as opened:
             self._held = opened.enter_context(StateLock(state_dir))
             self.ledger = Ledger(state_dir / LEDGER_FILE, clock)
             opened.callback(self.ledger.close)
@@ -80,11 +82,47 @@ class OpenSweep:
         self.fleet.set_aside = [SetAside.read(each) for each in json.loads(self.ledger.view.meta("set_aside") or "[]")]
         self.outputs = Outputs(self.ledger.view, lock)
         self._reporter = StatusReporter(self.ledger.view, self.ledger.failures, self.fleet)
+        self._consequences: list[Consequence] | None = None  # of changes that are made together
 
     def close(self) -> None:
         """Let the state directory go."""
         self.ledger.close()
         self._held.release()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Make what happens within this one change of the ledger: all of it is on disk when this ends, or nothing.
+
+        What follows from a change (rows in files, what is known of workers) follows at the end, once it is on disk.
+
+        Raises:
+            LedgerUnwritable: the disk refused something; nothing has happened.
+        """
+        with self.lock:
+            consequences: list[Consequence] = []
+            self._consequences = consequences
+            try:
+                with self.ledger.together():
+                    yield
+            finally:
+                self._consequences = None
+            # All rows at once: a file that is made anew has those of every result that the ledger has.
+            self.projection.add([row for follow in consequences for row in self._follow(follow)])
+
+    @staticmethod
+    def _follow(consequence: Consequence) -> Iterable[Row]:
+        try:
+            return consequence() or ()
+        except Exception:  # the change is made, and the others have consequences of their own
+            log.exception("what follows from a change could not be done")
+            return ()
+
+    def _once_on_disk(self, consequence: Consequence) -> None:
+        """Do this, and write the rows that it returns, once the changes that are being made can not be undone."""
+        if self._consequences is None:
+            self.projection.add(consequence() or ())
+        else:
+            self._consequences.append(consequence)
 
     # ---- tasks ----------------------------------------------------------------------------------------------------
 
@@ -116,7 +154,7 @@ class OpenSweep:
             fitting = self._count_fitting(tasks)
             if tasks[fitting:]:
                 self.ledger.take_back(tasks[fitting:])
-            self.fleet.handed_out(worker, tasks[:fitting])
+            self._once_on_disk(partial(self.fleet.handed_out, worker, tasks[:fitting]))
             return tasks[:fitting]
 
     def _count_fitting(self, tasks: Sequence[Task]) -> int:
@@ -180,11 +218,15 @@ class OpenSweep:
         """
         with self.lock:
             verdict = self.ledger.accept(task_id, worker_id, result_data, attempt)
-            self.fleet.succeeded(worker_id, task_id)
-            if verdict == "accepted":
-                self._reporter.pace.finish(self.ledger.view.cost(task_id))
-                self.projection.add(self.ledger.view.rows_of(self.ledger.view.task(task_id).number))
+            self._once_on_disk(partial(self._has_succeeded, task_id, worker_id, verdict))
             return verdict
+
+    def _has_succeeded(self, task_id: str, worker_id: str, verdict: Verdict) -> list[Row]:
+        self.fleet.succeeded(worker_id, task_id)
+        if verdict == "duplicate":
+            return []
+        self._reporter.pace.finish(self.ledger.view.cost(task_id))
+        return self.ledger.view.rows_of(self.ledger.view.task(task_id).number)
 
     def has_result(self, task_id: str, worker_id: str) -> bool:
         """Whether the result of the task is here, as a worker says.
@@ -201,22 +243,25 @@ class OpenSweep:
         failure = error if isinstance(error, Failure) else Failure.of(error)
         with self.lock:
             ended = self.ledger.fail(task_id, worker_id, failure, attempt)
-            if ended is None:
-                return False
-            forgiven = self.fleet.failed(worker_id, task_id, ended, failure)
-            if forgiven:
-                self.ledger.forgive(forgiven)
-                self.ledger.set_meta("set_aside", json.dumps([each.as_dict() for each in self.fleet.set_aside]))
-                log.warning(
-                    "%s failed %d tasks in a row and is set aside; the tasks go to others", worker_id, len(forgiven)
-                )
-        return True
+            if ended is not None:
+                self._once_on_disk(partial(self._has_failed, task_id, worker_id, ended, failure))
+        return ended is not None
+
+    def _has_failed(self, task_id: str, worker_id: str, attempt: int, failure: Failure) -> None:
+        forgiven = self.fleet.failed(worker_id, task_id, attempt, failure)
+        if forgiven:
+            self.ledger.forgive(forgiven)
+            self.ledger.set_meta("set_aside", json.dumps([each.as_dict() for each in self.fleet.set_aside]))
+            log.warning(
+                "%s failed %d tasks in a row and is set aside; the tasks go to others", worker_id, len(forgiven)
+            )
 
     def release(self, task_id: str, worker_id: str, attempt: int | None = None) -> bool:
         """Take a task back without blame; False if this was not its open attempt and changes nothing."""
         with self.lock:
-            self.fleet.gave_back(worker_id, task_id)
-            return self.ledger.release(task_id, worker_id, attempt)
+            is_released = self.ledger.release(task_id, worker_id, attempt)
+            self._once_on_disk(partial(self.fleet.gave_back, worker_id, task_id))
+            return is_released
 
     # ---- where the sweep stands -----------------------------------------------------------------------------------
 
@@ -251,7 +296,7 @@ class OpenSweep:
             elif self.fleet.is_set_aside(worker):
                 why = next(each for each in self.fleet.set_aside if each.worker_id == worker_id)
                 answer |= {"set_aside": True, "message": SET_ASIDE.format(why.failures, why.reason)}
-            worker.was_told_done = answer["done"] or "set_aside" in answer
+            self._once_on_disk(partial(setattr, worker, "was_told_done", answer["done"] or "set_aside" in answer))
         return answer
 
     def has_told_everyone(self) -> bool:

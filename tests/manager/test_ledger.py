@@ -502,6 +502,26 @@ def test_asking_uses_indices_whatever_the_number_of_tasks(fresh):
             assert not [step for step in plan if "TEMP B-TREE" in step or ("SCAN" in step and "INDEX" not in step)]
 
 
+def test_the_last_page_of_histories_costs_what_the_first_does(fresh, make_result):
+    """It once looked through all cells of the folder for each result, and let every request wait meanwhile."""
+    ledger = fresh(f"p: {{combinations: [{{seed: {list(range(200))}}}]}}")
+    with ledger.together():
+        for task in ledger.hand_out("w", 60, max_tasks=200):
+            ledger.accept(task.task_id, "w", make_result(task.as_dict()), task.attempt)
+    (output_dir,) = ledger.view.output_dirs()
+    steps = []
+
+    def step() -> None:
+        steps[-1] += 1
+
+    for after in (0, 190):
+        steps.append(0)
+        ledger._db.set_progress_handler(step, 1)
+        assert len(ledger.view.histories(output_dir, after, limit=10)) == 10
+        ledger._db.set_progress_handler(None, 0)
+    assert steps[1] < 1.5 * steps[0]
+
+
 def test_a_note_is_kept(ledgers):
     ledgers().set_meta("plan_digest", "abc")
     assert ledgers().view.meta("plan_digest") == "abc"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.ledger import Ledger
-from fedsweep.manager.records import Adoption
+from fedsweep.manager.records import Adoption, LedgerUnwritable
 from fedsweep.plan.cohort import cohort_key
 from fedsweep.plan.config import Source, parse
 from fedsweep.plan.grid import expand
@@ -170,6 +171,36 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.lose_stale()
         for model in self.models.values():
             model.lose(self.clock.seconds)
+
+    @rule(data=st.data())
+    def together(self, data):
+        """Several changes are one."""
+        with self.ledger.together():
+            for _ in range(data.draw(st.integers(1, 3))):
+                change = data.draw(st.sampled_from(["hand_out", "send", "deliver"]))
+                if change == "hand_out":
+                    self.hand_out(data.draw(st.integers(1, 4)), data.draw(st.sampled_from("vw")), None, 1)
+                elif change == "send":
+                    message = st.sampled_from(["fail", "release", "renew"])
+                    self.send(data.draw(st.integers(0, 9)), data.draw(st.integers(0, 9)), data.draw(message))
+                else:
+                    self.deliver(data.draw(st.integers(0, 9)), data.draw(st.integers(0, 9)), 0.25)
+
+    @rule(seconds=st.sampled_from([0.0, 30.0, 61.0]), results=st.integers(0, 2))
+    def refused(self, seconds, results):
+        """Several changes were to be one, and the disk refused it: nothing has happened; leases that ended run anew."""
+        open_attempts = [model for model in self.models.values() if model.attempt is not None]
+        self.clock.seconds += seconds
+        with contextlib.suppress(LedgerUnwritable), self.ledger.together():
+            self.ledger.lose_stale()
+            self.ledger.hand_out("v", LEASE_S, 2)
+            for signature, model in self.models.items():
+                if model in open_attempts[:results]:
+                    self.ledger.accept(self.ids[signature], "w", {"mean_test_acc": 0.75}, model.attempt)
+            raise LedgerUnwritable
+        for place, model in enumerate(open_attempts):
+            if place < results or model.lease_end <= self.clock.seconds:
+                model.lease_end = self.clock.seconds + LEASE_S
 
     @rule(seconds=st.sampled_from([0.0, 500.0]))
     def restart(self, seconds):

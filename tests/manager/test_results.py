@@ -35,6 +35,20 @@ def rows(*cells: dict, **common) -> pd.DataFrame:
     return pd.DataFrame([{**plain, **common, **cell} for cell in cells])
 
 
+def test_rows_that_are_read_in_parts_are_the_same(tmp_path, monkeypatch):
+    """Whole numbers, some of which are missing in one part alone; text; and a file without rows."""
+    columns = [*RESULT_COLUMNS, "rounds_run"]
+    plain = {**dict.fromkeys(columns, "1"), "phase": "p", "dataset": "digits", "mean_test_acc": "0.25"}
+    table = pd.DataFrame([{**plain, "seed": str(seed), "rounds_run": "" if seed == 4 else "7"} for seed in range(5)])
+    table.to_csv(tmp_path / "final_results.csv", index=False)
+    whole = read_results(tmp_path)
+    monkeypatch.setattr("fedsweep.manager.results.AT_ONCE", 2)
+    pd.testing.assert_frame_equal(read_results(tmp_path), whole)
+    assert (whole["seed"].dtype, whole["rounds_run"].dtype) == ("int64", "Int64")
+    (tmp_path / "final_results.csv").write_text(",".join(columns) + "\n")
+    assert read_results(tmp_path).empty
+
+
 # ---- over seeds
 
 
@@ -279,6 +293,16 @@ def test_a_history_that_cannot_be_read_is_moved_away(tmp_path, caplog):
     assert pq.read_table(tmp_path / "history.parquet").num_rows == 2
     assert (tmp_path / "history.parquet.unreadable").read_bytes() == b"garbage"
     assert "history.parquet.unreadable" in caplog.text
+
+
+def test_several_small_pages_are_one_row_group(tmp_path, monkeypatch):
+    """Else a long history would be a heap of tiny groups, each with its own statistics."""
+    monkeypatch.setattr("fedsweep.manager.history.ROW_GROUP", 2)
+    every = [history(number, f"s{number}") for number in range(1, 6)]
+    assert write_history(tmp_path, pages(*every))
+    written = pq.ParquetFile(tmp_path / "history.parquet")
+    assert [written.metadata.row_group(number).num_rows for number in range(3)] == [4, 4, 2]
+    assert written.read()["signature"].to_pylist() == [each.signature for each in every for _ in range(2)]
 
 
 def test_without_histories_there_is_no_file(tmp_path):

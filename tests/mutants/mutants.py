@@ -27,7 +27,7 @@ class Mutant:
     tests: tuple[str, ...]  # arguments for pytest
 
 
-LEDGER = "fedsweep/manager/ledger.py"
+LEDGER, TRANSACTIONS = "fedsweep/manager/ledger.py", "fedsweep/manager/transactions.py"
 OPENING, SCHEMA = "fedsweep/manager/opening.py", "fedsweep/manager/schema.py"
 
 MUTANTS = (
@@ -35,14 +35,14 @@ MUTANTS = (
         "ack before commit",  # each change is committed by the next one
         (
             Edit(
-                LEDGER,
+                TRANSACTIONS,
                 '            self._db.execute("BEGIN IMMEDIATE")\n',
                 "            if self._db.in_transaction:\n"
                 '                self._db.execute("COMMIT")\n'
                 '            self._db.execute("BEGIN IMMEDIATE")\n',
             ),
             Edit(
-                LEDGER,
+                TRANSACTIONS,
                 '            yield self._db\n            self._db.execute("COMMIT")\n',
                 "            yield self._db\n",
             ),
