@@ -21,7 +21,7 @@ from typing import Any
 
 from fedsweep.errors import ConfigError, DataError, ProtocolError, StateError
 from fedsweep.manager.adoption import read_result
-from fedsweep.manager.columns import FILE_NAME, OWN_COLUMNS, format_row, line
+from fedsweep.manager.columns import FILE_NAME, OWN_COLUMNS, RowFormat, line
 from fedsweep.manager.csv_lines import read_header, read_row
 from fedsweep.manager.ledger import Ledger, differs
 from fedsweep.manager.protocol import (
@@ -195,7 +195,7 @@ def read_results_file(data: bytes) -> bool:
         columns = sorted(OWN_COLUMNS)
         found = read_header(line(columns))
         assert found is not None
-        read_again = read_result(read_row(format_row(columns, row), found))
+        read_again = read_result(read_row(RowFormat(columns)(row), found))
         assert not differs(adoption.data, read_again), "an adopted result does not go round"
     return header is not None
 
@@ -222,7 +222,7 @@ def _survey(content: bytes) -> Survey:
 def _rewritten(survey: Survey) -> bytes:
     """The file that takes the place of the surveyed one, as `Projection` writes it."""
     columns = whole_columns(survey)
-    ours = [format_row(columns, row) for row in sweep_under_way().view.rows_in("out")]
+    ours = [RowFormat(columns)(row) for row in sweep_under_way().view.rows_in("out")]
     others = [foreign_line(columns, row) for row in survey.foreign]
     return b"".join(each + b"\n" for each in (line(columns), *ours, *others))
 
