@@ -52,6 +52,8 @@ def crash(folder: Path, scene: str, again: str) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc to tell files by")
+@pytest.mark.timeout(900 if STRIDE == 1 else 300)
 @pytest.mark.parametrize("again", ["even", "odd"] if STRIDE == 1 else ["even"])
 @pytest.mark.parametrize("scene", WANTED)
 def test_a_crash_at_any_point_needs_no_hand(tmp_path, scene, again):
