@@ -36,6 +36,15 @@ def test_commands_that_are_shown_exist(page):
             assert command in COMMANDS, f"{page.name} shows `fedsweep {command}`"
 
 
+def test_the_tests_that_are_named_exist():
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    known = {name for source in sources for name in re.findall(r"^def (test_\w+)\(", source, re.MULTILINE)}
+    files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for page in PAGES:
+        named = set(re.findall(r"\btest_\w+", page.read_text(encoding="utf-8")))
+        assert named <= known | files, f"{page.name} names tests that are not there"
+
+
 def test_the_study_in_the_readme_is_a_good_configuration():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     study = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)

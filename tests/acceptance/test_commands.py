@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
+
+from fedsweep.cli import app
 
 pytestmark = pytest.mark.acceptance
 
@@ -19,6 +23,9 @@ tiny:
     - poison_ratio: [0.0, 0.5]
     - poison_type: [label_flip, random_noise]
 """
+
+
+COMMANDS = typer.main.get_group(app).commands
 
 
 @pytest.fixture
@@ -42,11 +49,18 @@ def test_help_loads_nothing_heavy():
     assert not {"torch", "numpy", "pandas", "pydantic", "matplotlib", "ruamel", "sqlite3", "asyncio"} & set(modules)
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "manager", "worker", "status", "report", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(fedsweep, command):
     done = fedsweep(command, "--help")
-    assert done.returncode == 0
-    assert "Usage" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(rf"Usage: .*fedsweep {command} ", done.stdout)
+    first_words = " ".join(str(COMMANDS[command].help).split()[:3])
+    assert first_words in done.stdout
+
+
+def test_help_lists_every_command(fedsweep):
+    listed = re.findall(r"^\W*(\w+)  +[A-Z]", fedsweep("--help").stdout, re.MULTILINE)
+    assert listed == [*COMMANDS]
 
 
 def test_version(fedsweep):

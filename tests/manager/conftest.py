@@ -18,6 +18,7 @@ from fedsweep.manager import ExperimentManager
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.columns import RESULT_COLUMNS
 from fedsweep.manager.ledger import Ledger
+from fedsweep.manager.schema import APPLICATION_ID
 from fedsweep.plan.config import Source, parse
 from fedsweep.plan.grid import Grid, expand
 
@@ -36,6 +37,8 @@ second:
     - lr: [0.01, 0.02]
 """
 TASKS, CELLS = 8, {"out/first": 8, "out/second": 4}
+# A ledger as version 1 left it: ten tasks of three shapes; one complete, one failed once, one held, one given back.
+VERSION_1 = Path(__file__).resolve().parents[1] / "golden" / "ledger_v1.sql"
 
 
 class FakeClock(Clock):
@@ -97,6 +100,23 @@ def ledgers(tmp_path: Path, clock: FakeClock) -> Iterator[Callable[[], Ledger]]:
     yield reopen
     for ledger in opened:
         ledger.close()
+
+
+def write_version_1(path: Path) -> None:
+    """Write a ledger as version 1 left it."""
+    db = sqlite3.connect(path)
+    db.executescript(VERSION_1.read_text("utf-8"))
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute("PRAGMA user_version = 1")
+    db.commit()
+    db.close()
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A ledger of version 1."""
+    write_version_1(tmp_path / "ledger.sqlite3")
+    return tmp_path / "ledger.sqlite3"
 
 
 @pytest.fixture

@@ -225,8 +225,14 @@ FOLDERS = ("/", ".fedsweep", "spool", "checkpoints", "out", "first", "second", "
 
 def lose_power(folder: Path, trace: Trace, rng: random.Random) -> int:
     """Put into a folder what a power loss at some moment has left; the moment."""
-    is_over = rng.random() < 0.1  # a moment that chance alone would seldom hit
-    moment = len(trace.events) if is_over else rng.randint(trace.begin, len(trace.events))
+    end = len(trace.events)
+    match int(10 * rng.random()):  # moments that chance alone would seldom hit: the end, and the making of the ledger
+        case 0:
+            moment = end
+        case 1:
+            moment = rng.randint(trace.begin, trace.begin + (end - trace.begin) // 8)
+        case _:
+            moment = rng.randint(trace.begin, end)
     put_on_disk(folder, image(trace.events[:moment], rng))
     return moment
 

@@ -11,12 +11,11 @@ from fedsweep.errors import StateError
 from fedsweep.manager import schema
 from fedsweep.manager.ledger import Ledger
 from fedsweep.manager.records import Counts
-from fedsweep.manager.schema import APPLICATION_ID, MIGRATIONS
+from fedsweep.manager.schema import MIGRATIONS
 from fedsweep.plan.cohort import cohort_key, expected_cost, sharing_key
 from fedsweep.plan.experiment import PARAMETERS, from_config
 
-# A ledger as version 1 left it: ten tasks of three shapes; one complete, one failed once, one held, one given back.
-VERSION_1 = Path(__file__).resolve().parents[1] / "golden" / "ledger_v1.sql"
+# What the ledger of version 1 was made of, see `conftest.py`.
 GRID = """\
 defaults: {dataset: digits, model_type: lr, depth: 1, num_clients: 2, output_dir: out}
 seeds: [1, 2]
@@ -29,18 +28,6 @@ q:
   combinations:
     - width_factor: [2, 4]
 """
-
-
-@pytest.fixture
-def old(tmp_path) -> Path:
-    path = tmp_path / "ledger.sqlite3"
-    db = sqlite3.connect(path)
-    db.executescript(VERSION_1.read_text("utf-8"))
-    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    db.execute("PRAGMA user_version = 1")
-    db.commit()
-    db.close()
-    return path
 
 
 def shape_of(path: Path) -> dict[str, str]:

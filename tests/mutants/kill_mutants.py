@@ -18,7 +18,7 @@ from mutants import MUTANTS, Edit, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("fedsweep", "tests", "configs", "docs", "pyproject.toml", "README.md")
-RED, TIMEOUT_S = 1, 240
+RED, TIMEOUT_S = 1, 300
 
 
 def edited(text: str, edit: Edit) -> str:

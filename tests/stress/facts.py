@@ -29,6 +29,7 @@ class Attempt:
     task_id: str
     worker: str
     ended_as: str | None = None
+    started_at: str = ""  # ISO 8601
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def read_ledger(path: Path) -> Ledger:
             attempts=tuple(
                 Attempt(*row)
                 for row in db.execute(
-                    "SELECT a.number, t.task_id, a.worker, a.ended_as FROM attempts a JOIN tasks t ON t.number = a.task"
+                    "SELECT a.number, t.task_id, a.worker, a.ended_as, a.started_at "
+                    "FROM attempts a JOIN tasks t ON t.number = a.task"
                 )
             ),
             results=tuple(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from fedsweep.worker import client, cohort_run, held, worker
 
 ROUNDS = 2
 FAILS_ONCE = 23  # one task in so many
+DEADLY_SEED = 13
 
 
 class Trainer:
@@ -28,12 +32,10 @@ class Trainer:
 
 
 class Cohort:
-    """Experiments that end after two rounds, with numbers that follow from their signature.
-
-    Some raise the first time that anyone runs them. A file says of which this is known.
-    """
+    """Experiments that end after two rounds, with numbers that follow from their signature."""
 
     data: ImageData
+    habit: str  # one of `HABITS`
     raised: Path
     gate: Path  # a round begins when this file is there
 
@@ -74,18 +76,51 @@ class Cohort:
         return ends
 
     def _end(self, name: str, experiment: Experiment, number: int) -> Progress:
-        share = int(hashlib.sha256(experiment.signature.encode()).hexdigest()[:8], 16) / 16**8
-        if int(share * 16**8) % FAILS_ONCE == 0 and self._is_first(experiment.signature):
-            return Progress(name, None, error=RuntimeError("this raises the first time"))
+        try:
+            HABITS[self.habit](experiment, self.raised)
+        except RuntimeError as error:
+            return Progress(name, None, error=error)
+        share = _number_of(experiment) / 16**8
         report = RoundReport(number, 1 / number, share, 0)
         return Progress(name, report, _outcome(share) if number == ROUNDS else None)
 
-    def _is_first(self, signature: str) -> bool:
+
+def _number_of(experiment: Experiment) -> int:
+    return int(hashlib.sha256(experiment.signature.encode()).hexdigest()[:8], 16)
+
+
+# ---- what an experiment does in each round besides; RuntimeError: it has failed
+
+
+def _nothing(experiment: Experiment, raised: Path) -> None:
+    pass
+
+
+def _fail_now_and_then(experiment: Experiment, raised: Path) -> None:
+    """Some raise the first time that anyone runs them. A file says of which this is known."""
+    if _number_of(experiment) % FAILS_ONCE == 0:
         try:
-            (self.raised / hashlib.sha256(signature.encode()).hexdigest()).touch(exist_ok=False)
+            (raised / hashlib.sha256(experiment.signature.encode()).hexdigest()).touch(exist_ok=False)
         except FileExistsError:
-            return False
-        return True
+            return
+        raise RuntimeError("this raises the first time")
+
+
+def _fail(experiment: Experiment, raised: Path) -> None:
+    raise RuntimeError(f"CUDA error: an illegal memory access was encountered at {id(experiment):#x}")
+
+
+def _kill_with_one_seed(experiment: Experiment, raised: Path) -> None:
+    if experiment.seed == DEADLY_SEED:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+HABITS: dict[str, Callable[[Experiment, Path], None]] = {
+    "no task fails": _nothing,
+    "some tasks fail once": _fail_now_and_then,
+    "every task fails": _fail,
+    "one task kills": _kill_with_one_seed,
+}
 
 
 def _outcome(share: float) -> Outcome:
@@ -114,13 +149,19 @@ def load() -> None:
     Cohort.data = load_global_dataset("digits")
 
 
-def install(folder: Path, together: int) -> None:
+def install(folder: Path, together: int, habit: str = "some tasks fail once", gate: str = "gate") -> None:
     """Put it in the place of the real trainer, in this process, and make pauses short.
 
     Each computation leaves a mark of its own in its result, where a plan stands: rows do not depend on it.
+
+    Args:
+        folder: of the sweep.
+        together: how many tasks train at once.
+        habit: of tasks in this worker's hands, one of `HABITS`.
+        gate: the file in the folder without which no round begins.
     """
     result_of = cohort_run.result_of
-    Cohort.raised, Cohort.gate = folder / "raised", folder / "gate"
+    Cohort.habit, Cohort.raised, Cohort.gate = habit, folder / "raised", folder / gate
 
     def marked(*arguments: Any, **options: Any) -> dict[str, Any]:
         return result_of(*arguments, **options) | {"plan": f"instant {uuid.uuid4().hex}"}

@@ -1,19 +1,19 @@
-"""Places in the code of a manager and of a worker where a test can have it killed.
+"""Places in the code of a manager and of a worker where a test can have it killed, or stopped.
 
-A process is armed by a file `NAME.armed` that holds a point and a number k: it kills itself (SIGKILL, as from outside)
-when it is at that point for the k-th time from then on. The file may be there before the process is, or come later.
+A process is armed by a file `NAME.armed` that holds a signal, a number k and a point: it sends itself that signal
+(SIGKILL, as from outside) when it is at that point for the k-th time from then on. The file may be there before the
+process is, or come later.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fedsweep.worker.client import ManagerClient
 
@@ -46,10 +46,11 @@ class Plug:
         self._armed_file = folder / f"{name}.armed"
         self._hit_file = folder / f"{name}.hit"
         self._write = os.write
-        self._armed = ("", 0)
+        self._armed = ("", 0)  # the point, and how often it is still to be passed
+        self._signal = 0
 
     def at(self, point: str) -> None:
-        """Be at a point; may not return."""
+        """Be at a point; does not return where this process is killed."""
         if self.is_due(point):
             self.pull(point)
 
@@ -57,20 +58,19 @@ class Plug:
         """Whether this is the point."""
         if not self._armed[0]:
             try:
-                armed_for, _, count = self._armed_file.read_text().rpartition(" ")
+                kind, count, armed_for = self._armed_file.read_text().split(" ", 2)
             except FileNotFoundError:
                 return False
-            self._armed = armed_for, int(count)
+            self._armed, self._signal = (armed_for, int(count)), int(kind)
         if point != self._armed[0]:
             return False
         self._armed = point, self._armed[1] - 1
         return self._armed[1] == 0
 
-    def pull(self, point: str) -> NoReturn:
-        """Die here."""
+    def pull(self, point: str) -> None:
+        """Die here, or stand still until someone lets this process go on."""
         self._hit_file.write_text(point)
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError("unreachable")
+        os.kill(os.getpid(), self._signal)
 
     def around(self, kind: str, action: Callable[..., Any]) -> Callable[..., Any]:
         """The action, with a point before and after it."""

@@ -1,8 +1,8 @@
 """A sweep of many tiny tasks while its manager and its workers are killed, again and again, and how it ended.
 
-Run as a script for the long form: `python tests/stress/storm.py --seeds 1-5`. The processes
-are real ones, with the real code; see `zygote` for what is not. Which kills, of whom, at which points and in which
-order follows from the seed; the moment of each does not.
+Run as a script for the long form: `python tests/stress/storm.py` (one storm, of 2,000 tasks and 500 kills: two to three
+minutes on two cores). The processes are real ones, with the real code; see `zygote` for what is not. Which kills, of
+whom, at which points and in which order follows from the seed; the moment of each does not.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,14 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from facts import Ledger, read_files, read_ledger
+from facts import Ledger, read_ledger
 from histories import SUFFIX, Exchange, Recorder, read_history
-from judge import handouts, is_ack, of_type, problems
+from judge import handouts, is_ack, of_type
 from plug import MANAGER_POINTS, REPAIR_POINTS, WORKER_POINTS
+from processes import PARTING_S, Process, Zygote, arm, free_port, prepare, wrong_at_the_end
 from zygote import LEASE_S
 
 from fedsweep.errors import ManagerUnreachable, ProtocolError
-from fedsweep.manager.invariants import check
 from fedsweep.worker.client import ManagerClient
 
 WORKERS = 8
@@ -40,7 +38,7 @@ KILLED_UNTIL = 0.9  # of the rows are there
 ROOM, END = 24, float("inf")  # rows that may be written while one kill is awaited
 DUE_S = 3.0  # within which an armed process comes to its point
 CALM_EVERY = 12  # kills; then leases have the time to end
-END_S, PARTING_S = 60.0, 3.0  # for the manager to end after the last kill, and for a worker after the manager
+END_S = 60.0  # for the manager to end after the last kill
 SWEEP = """\
 defaults:
   {{dataset: digits, model_type: lr, width_factor: 1, depth: 0, num_clients: 2, global_rounds: 2}}
@@ -103,64 +101,6 @@ def _cycle(points: Sequence[str], count: int, dice: random.Random) -> list[str]:
     return repeated
 
 
-class Processes:
-    """Managers or workers of one sweep; each has a name of its own."""
-
-    def __init__(self, role: str, folder: Path, port: int) -> None:
-        self.role = role
-        self._count = 0
-        self._errors = (folder / f"{role}.zygote.log").open("ab")
-        script = Path(__file__).with_name("zygote.py")
-        self._zygote = subprocess.Popen(
-            [sys.executable, str(script), role, str(folder), str(port)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-
-    def _ask(self, command: str) -> str:
-        assert self._zygote.stdin is not None and self._zygote.stdout is not None
-        self._zygote.stdin.write(command + "\n")
-        self._zygote.stdin.flush()
-        return self._heard()
-
-    def _heard(self) -> str:
-        assert self._zygote.stdout is not None
-        if not (line := self._zygote.stdout.readline().strip()):
-            raise RuntimeError(f"the zygote of the {self.role}s has ended; see {self._errors.name}")
-        return line
-
-    def wait_ready(self) -> None:
-        """Wait until everything is imported."""
-        assert self._heard() == "ready"
-
-    @property
-    def next_name(self) -> str:
-        """The name of the next that is started."""
-        return f"{self.role}-{self._count + 1}"
-
-    def start(self) -> tuple[str, int]:
-        """The name and the process id of a new one."""
-        name = self.next_name
-        self._count += 1
-        return name, int(self._ask(f"start {name}"))
-
-    def kill(self, pid: int) -> None:
-        """Kill one, and wait for its end."""
-        self._ask(f"kill {pid}")
-
-    def ended(self, pid: int) -> int | None:
-        """The exit status of one that has ended. Ask no more after that."""
-        answer = self._ask(f"ended {pid}")
-        return None if answer == "None" else int(answer)
-
-    def close(self) -> None:
-        """Kill all that are left."""
-        self._zygote.communicate(timeout=30)
-        self._errors.close()
-
-
 @dataclass
 class Storm:
     """One storm, under way."""
@@ -173,26 +113,33 @@ class Storm:
     killed_at: list[tuple[float, str]] = field(default_factory=list)  # when, and whom
     wrong: list[str] = field(default_factory=list)
     _missed: dict[str, list[Kill]] = field(default_factory=lambda: {"manager": [], "worker": []})
+    _counts: Counter[str] = field(default_factory=Counter)  # of managers and workers that were started
 
     def run(self) -> dict[str, Any]:
         """Run it to the end; its figures, and what is wrong."""
         began = time.monotonic()
-        for name in ("history", "points", "raised"):
-            (self.folder / name).mkdir()
-        (self.folder / "sweep.yaml").write_text(sweep_of(self.tasks))
+        prepare(self.folder, sweep_of(self.tasks))
         self.dice, self.port = random.Random(self.seed), free_port()
         self.recorder = Recorder(self.folder / "history", "driver")
         with contextlib.ExitStack() as stack:
-            self.managers, self.workers = (Processes(role, self.folder, self.port) for role in ("manager", "worker"))
-            stack.callback(self.managers.close)
-            stack.callback(self.workers.close)
-            self.managers.wait_ready()
-            self.workers.wait_ready()
-            self.manager = self.managers.start()
-            self.working = [self.workers.start() for _ in range(WORKERS)]
+            self.zygotes = {role: Zygote(role, self.folder / f"{role}.zygote.log") for role in ("manager", "worker")}
+            for zygote in self.zygotes.values():
+                stack.callback(zygote.close)
+            for zygote in self.zygotes.values():
+                zygote.wait_ready()
+            self.manager = self._start("manager")
+            self.working = [self._start("worker") for _ in range(WORKERS)]
             self._kill_all()
             self._see_the_end()
         return self._figures(time.monotonic() - began)
+
+    def _next_name(self, role: str) -> str:
+        return f"{role}-{self._counts[role] + 1}"
+
+    def _start(self, role: str) -> Process:
+        name = self._next_name(role)
+        self._counts[role] += 1
+        return self.zygotes[role].start(self.folder, self.port, name)
 
     # ---- while it lasts
 
@@ -227,38 +174,34 @@ class Storm:
             kill = self._missed[kill.victim].pop(0)
         if kill.victim == "worker":
             index = self.dice.randrange(WORKERS)
-            self._end(kill, self.workers, *self.working[index])
-            self.working[index] = self.workers.start()
+            self._end(kill, self.working[index])
+            self.working[index] = self._start("worker")
             return
-        self._end(kill, self.managers, *self.manager)
+        self._end(kill, self.manager)
         if following and following.is_early:
             self._tear_a_file()
-            self._arm(self.managers.next_name, str(following.point), 1)
-        self.manager = self.managers.start()
+            arm(self.folder, self._next_name("manager"), str(following.point))
+        self.manager = self._start("manager")
 
-    def _end(self, kill: Kill, processes: Processes, name: str, pid: int) -> None:
+    def _end(self, kill: Kill, process: Process) -> None:
         """Have a process killed: at the point, if it comes there in time."""
         status = None
         if kill.point is not None:
             if not kill.is_early:
-                self._arm(name, kill.point, 1 if kill.victim == "worker" else self.dice.choice([1, 1, 2, 3]))
-            status = self._status_within(processes, pid, DUE_S, self._rows() + ROOM)
+                count = 1 if kill.victim == "worker" else self.dice.choice([1, 1, 2, 3])
+                arm(self.folder, process.name, kill.point, count)
+            status = self._status_within(process, DUE_S, self._rows() + ROOM)
         if status is None:
-            processes.kill(pid)
+            process.kill()
         elif status != -signal.SIGKILL:
-            self.wrong.append(f"{name} ended with status {status} in the middle of the storm")
+            self.wrong.append(f"{process.name} ended with status {status} in the middle of the storm")
         at_point = status == -signal.SIGKILL
         self.hits[f"{kill.victim} killed"] += 1
         self.hits[f"{kill.victim} killed {kill.point if at_point else 'at any moment'}"] += 1
         if kill.point is not None and not at_point:
             self.hits["points that were missed"] += 1
             self._missed[kill.victim] += [] if kill.is_early else [kill]
-        self.killed_at.append((time.monotonic(), name))
-
-    def _arm(self, name: str, point: str, count: int) -> None:
-        fresh = self.folder / "points" / f"{name}.arming"
-        fresh.write_text(f"{point} {count}")
-        os.replace(fresh, fresh.with_suffix(".armed"))
+        self.killed_at.append((time.monotonic(), process.name))
 
     def _tear_a_file(self) -> None:
         """Cut a results file somewhere in its last row, while no manager holds it."""
@@ -272,14 +215,13 @@ class Storm:
 
     def _be_calm(self) -> None:
         """Kill nobody for longer than a lease; one worker is stopped meanwhile, and comes back with what it held."""
-        _, pid = self.dice.choice(self.working)
+        worker = self.dice.choice(self.working)
         self._steer(0)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(LEASE_S + 0.5)
-            self._steer(self._rows() + ROOM)
-            os.kill(pid, signal.SIGCONT)
-            self.hits["workers stopped and continued"] += 1
+        worker.signal(signal.SIGSTOP)
+        time.sleep(LEASE_S + 0.5)
+        self._steer(self._rows() + ROOM)
+        worker.signal(signal.SIGCONT)
+        self.hits["workers stopped and continued"] += 1
 
     def _look_in(self) -> None:
         """Ask for the status, and say once more what some worker has said already."""
@@ -316,33 +258,31 @@ class Storm:
 
     def _see_the_end(self) -> None:
         """Wait until the manager ends by itself, and the workers. Those who came too late to hear of it are told."""
-        self._expect_end(self.managers, *self.manager, END_S)
-        for name, pid in self.working:
-            self._expect_end(self.workers, name, pid, PARTING_S)
+        self._expect_end(self.manager, END_S)
+        for worker in self.working:
+            if self._status_within(worker, PARTING_S) is None:
+                worker.signal(signal.SIGTERM)
+            self._expect_end(worker, PARTING_S)
 
-    def _expect_end(self, processes: Processes, name: str, pid: int, seconds: float) -> None:
-        status = self._status_within(processes, pid, seconds)
-        if status is None and processes is self.workers:
-            os.kill(pid, signal.SIGTERM)
-            status = self._status_within(processes, pid, seconds)
+    def _expect_end(self, process: Process, seconds: float) -> None:
+        status = self._status_within(process, seconds)
         if status is None:
-            self.wrong.append(f"{name} did not end")
+            self.wrong.append(f"{process.name} did not end")
         elif status != 0:
-            self.wrong.append(f"{name} ended with status {status}")
+            self.wrong.append(f"{process.name} ended with status {status}")
 
-    def _status_within(self, processes: Processes, pid: int, seconds: float, rows: float = END) -> int | None:
+    def _status_within(self, process: Process, seconds: float, rows: float = END) -> int | None:
         """The exit status of a process that ends in time, while workers train until there are so many rows."""
         deadline = time.monotonic() + seconds
-        while (status := processes.ended(pid)) is None and time.monotonic() < deadline:
+        while process.status is None and time.monotonic() < deadline:
             self._steer(rows)
             time.sleep(0.005)
-        return status
+        return process.status
 
     def _figures(self, seconds: float) -> dict[str, Any]:
         history = read_history(self.folder / "history")
         ledger = read_ledger(self.folder / ".fedsweep/ledger.sqlite3")
-        self.wrong += problems(history, ledger, read_files(self.folder, ledger))
-        self.wrong += map(str, check(self.folder / ".fedsweep", folder=self.folder, has_ended=True))
+        self.wrong += wrong_at_the_end(self.folder, history, ledger)
         self.wrong += [f"{task} did not complete" for task in ledger.tasks if task.status != "complete"]
         if len(ledger.tasks) != self.tasks:
             self.wrong.append(f"the ledger has {len(ledger.tasks)} tasks, not {self.tasks}")
@@ -394,13 +334,6 @@ def never_hit(hits: Counter[str]) -> list[str]:
     return [kind for kind in wanted if not hits[kind]]
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run_storm(folder: Path, seed: int, tasks: int, kills: int) -> dict[str, Any]:
     """Run a storm in an empty folder; its figures, and under `wrong` all that is wrong."""
     return Storm(folder, seed, tasks, kills).run()
@@ -413,9 +346,9 @@ def _seeds(text: str) -> list[int]:
 
 def _main() -> Iterator[bool]:
     parser = argparse.ArgumentParser(description="Storms of SIGKILLs over sweeps of tiny tasks.")
-    parser.add_argument("--seeds", type=_seeds, default=_seeds("1-5"), help="as in 1-5")
-    parser.add_argument("--tasks", type=int, default=400, help="of each storm")
-    parser.add_argument("--kills", type=int, default=100, help="in each storm")
+    parser.add_argument("--seeds", type=_seeds, default=_seeds("1"), help="as in 1-5")
+    parser.add_argument("--tasks", type=int, default=2000, help="of each storm, a multiple of 8")
+    parser.add_argument("--kills", type=int, default=500, help="in each storm")
     chosen = parser.parse_args()
     for seed in chosen.seeds:
         with tempfile.TemporaryDirectory(prefix="storm-") as folder:

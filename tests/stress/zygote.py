@@ -1,8 +1,8 @@
 """Starts managers or workers in milliseconds: a process that has imported everything, and forks.
 
-Run as a script with a role (`manager` or `worker`), the folder of the sweep, and a port. It reads one command a line
-(`start NAME`, `kill PID`, `ended PID`) and answers each with one line. When its standard input ends, it kills what it
-started, and ends.
+Run as a script with a role (`manager` or `worker`). It reads one command a line (`["start", FOLDER, PORT, NAME,
+OPTIONS]`, `["kill", PID]`, `["ended", PID]`; the options are those of `run_manager` or `run_worker`) and answers each
+with one line; all are JSON. When its standard input ends, it kills what it started, and ends.
 
 What is not as in production: no time is spent on training, several processes share one interpreter's start, and pauses
 are short.
@@ -11,6 +11,7 @@ are short.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -26,7 +27,7 @@ HEARTBEAT_S, LEASE_S = 0.2, 1.2
 TOGETHER = 2  # tasks that a worker takes at once
 
 
-def start(role: str, folder: Path, port: int, name: str) -> int:
+def start(role: str, folder: Path, port: int, name: str, options: dict[str, Any]) -> int:
     """Fork a manager or a worker; its process id."""
     if pid := os.fork():
         return pid
@@ -40,26 +41,30 @@ def start(role: str, folder: Path, port: int, name: str) -> int:
         os.dup2(log_file, 1)
         os.dup2(log_file, 2)
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name} %(message)s")
-        status = (run_manager if role == "manager" else run_worker)(folder, port, name)
+        status = (run_manager if role == "manager" else run_worker)(folder, port, name, **options)
     except BaseException:
         logging.exception("ended by")
     finally:
         os._exit(status)
 
 
-def run_manager(folder: Path, port: int, name: str) -> int:
-    """The real manager."""
+def run_manager(folder: Path, port: int, name: str, lease_s: float = LEASE_S, has_settable_clock: bool = False) -> int:
+    """The real manager. The file `days` sets a settable clock ahead, at any time."""
     from fedsweep.manager import ExperimentManager, service
 
     service.TELL_DONE_S = 2.0  # workers that were killed are not waited for long
     Plug(folder / "points", name).install_in_manager()
+    if has_settable_clock:
+        make_settable(folder / "days")
     os.chdir(folder)
-    options: dict[str, Any] = {"heartbeat_s": HEARTBEAT_S, "lease_s": LEASE_S, "refresh_s": 0.5}
+    options: dict[str, Any] = {"heartbeat_s": HEARTBEAT_S, "lease_s": lease_s, "refresh_s": 0.5}
     return ExperimentManager(["sweep.yaml"], port=port, **options).start()
 
 
-def run_worker(folder: Path, port: int, name: str) -> int:
-    """The real worker, with a trainer that computes nothing."""
+def run_worker(
+    folder: Path, port: int, name: str, together: int = TOGETHER, patience_s: float = 3600.0, **options: str
+) -> int:
+    """The real worker, with a trainer that computes nothing; for options see `instant.install`."""
     from instant import install
 
     from fedsweep.worker import worker_loop
@@ -67,8 +72,29 @@ def run_worker(folder: Path, port: int, name: str) -> int:
     os.chdir(folder)
     Plug(folder / "points", name).install_in_worker()
     Recorder(folder / "history", name).listen_in()
-    install(folder, TOGETHER)
-    return worker_loop(f"127.0.0.1:{port}", "cpu", worker_id=f"{name}-{uuid.uuid4().hex[:6]}", threads=1)
+    install(folder, together, **options)
+    worker_id = f"{name}-{os.getpid()}-{uuid.uuid4().hex[:6]}"  # as if each were on a host of that name
+    return worker_loop(f"127.0.0.1:{port}", "cpu", worker_id=worker_id, threads=1, patience_s=patience_s)
+
+
+def make_settable(days: Path) -> None:
+    """Let the time of day of this process be as many days ahead as a file says."""
+    import time
+    from datetime import datetime, timedelta
+
+    from fedsweep.manager import clock
+
+    def ahead() -> int:
+        return int(days.read_text()) if days.exists() else 0
+
+    class Datetime(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + timedelta(days=ahead())
+
+    real = time.time
+    time.time = lambda: real() + 86_400 * ahead()
+    clock.datetime = Datetime  # type: ignore[misc]
 
 
 def import_everything(role: str) -> None:
@@ -82,7 +108,7 @@ def import_everything(role: str) -> None:
         instant.load()
 
 
-def main(role: str, folder: Path, port: int) -> NoReturn:
+def main(role: str) -> NoReturn:
     """Obey until standard input ends."""
     for kind in (signal.SIGTERM, signal.SIGINT):  # whoever stops the storm ends our input, too
         signal.signal(kind, signal.SIG_IGN)
@@ -96,19 +122,21 @@ def main(role: str, folder: Path, port: int) -> NoReturn:
         running.discard(pid)
         return os.waitstatus_to_exitcode(status)
 
-    print("ready", flush=True)
+    print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
-        command, argument = line.split()
-        answer: object = None
-        if command == "start":
-            answer = start(role, folder, port, argument)
-            running.add(answer)
-        elif command == "kill":
-            os.kill(int(argument), signal.SIGKILL)
-            answer = ended(int(argument), 0)
-        elif command == "ended":
-            answer = ended(int(argument), os.WNOHANG)
-        print(answer, flush=True)
+        answer: int | None = None
+        match json.loads(line):
+            case ["start", folder, port, name, options]:
+                answer = start(role, Path(folder), port, name, options)
+                running.add(answer)
+            case ["kill", pid]:
+                os.kill(pid, signal.SIGKILL)
+                answer = ended(pid, 0)
+            case ["ended", pid]:
+                answer = ended(pid, os.WNOHANG)
+            case command:
+                raise SystemExit(f"this is no command: {command}")
+        print(json.dumps(answer), flush=True)
     for pid in running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -116,4 +144,4 @@ def main(role: str, folder: Path, port: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]).resolve(), int(sys.argv[3]))
+    main(sys.argv[1])
