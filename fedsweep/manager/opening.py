@@ -40,7 +40,7 @@ def open_database(path: Path, *, is_examined: bool = True) -> sqlite3.Connection
     try:
         _hold(connection)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        _refuse_version(version, path)  # once more: a migration may stand in the log alone
+        _refuse_version(version, path)
         if is_examined:
             _examine(connection)
         if ledger_id not in (None, _ledger_id(connection)):
@@ -136,7 +136,6 @@ def refuse_what_is_no_ledger(path: Path) -> None:
         raise StateError(f"{path} is not a state file of fedsweep; {ADVICE}")
     if int.from_bytes(header[68:72], "big") != schema.APPLICATION_ID:
         raise StateError(f"{path} belongs to another program; {ADVICE}")
-    _refuse_version(int.from_bytes(header[60:64], "big"), path)
     for suffix in COMPANIONS:
         companion = _beside(path, suffix)
         if os.path.lexists(companion) and not stat.S_ISREG(companion.lstat().st_mode):
