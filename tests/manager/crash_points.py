@@ -32,7 +32,7 @@ import pyarrow.vendored.version  # noqa: F401
 import scipy.special  # noqa: F401
 from crash_scenes import SCENES, Scene
 
-from fedsweep.manager import ExperimentManager, file_systems
+from fedsweep.manager import ExperimentManager, file_systems, schema
 from fedsweep.manager.invariants import check
 
 DEAD, DONE, BROKEN = 9, 0, 1
@@ -322,6 +322,7 @@ if __name__ == "__main__":
     parser.add_argument("--again", choices=["even", "odd"], default="even", help="points with a crash in the recovery")
     asked = parser.parse_args()
     logging.disable()
+    schema.columns_of_a_new_ledger()  # once in a process, and so in none that is forked
     if SCENES[asked.scene].is_on_a_network:
         file_systems.mounts = lambda: [("/", "nfs4")]
     print(json.dumps(crash_often(SCENES[asked.scene], asked.folder.resolve(), asked.stride, asked.again)))
