@@ -68,7 +68,7 @@ MUTANTS = (
     ),
     Mutant(
         "no fsync, and the power goes",
-        (Edit(SCHEMA, "PRAGMA synchronous = FULL", "PRAGMA synchronous = OFF"),),
+        (Edit(OPENING, "PRAGMA synchronous = FULL", "PRAGMA synchronous = OFF"),),
         POWER_LOSS,
     ),
     Mutant(
@@ -94,7 +94,7 @@ MUTANTS = (
     ),
     Mutant(
         "a new ledger is made in its place",  # a crash leaves what the next start completes; power may leave nothing
-        (Edit(SCHEMA, "    unfinished = _unfinished(path)\n", "    unfinished = path\n"),),
+        (Edit(OPENING, '    unfinished = path.with_name(f"{path.name}.new")\n', "    unfinished = path\n"),),
         POWER_LOSS,
     ),
     Mutant(
@@ -237,7 +237,7 @@ MUTANTS = (
     ),
     Mutant(
         "failures of a worker that is set aside stay",
-        (Edit(SWEEP, "                self.ledger.forgive(forgiven)\n", ""),),
+        (Edit(SWEEP, "            self.ledger.forgive(forgiven)\n", ""),),
         (FAULTS, "-k", "set_aside"),
     ),
     Mutant(
