@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import stat
@@ -163,13 +164,11 @@ def _ledger_id_without_log(path: Path) -> str | None:
     wal = _beside(path, "-wal")
     if not wal.exists() or not wal.stat().st_size:
         return None
-    alone = sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True)
     try:
-        return _ledger_id(alone)
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?immutable=1", uri=True)) as alone:
+            return _ledger_id(alone)
     except sqlite3.DatabaseError:
         return None  # it is whole with its log only, or not at all
-    finally:
-        alone.close()
 
 
 def _refuse_other_tables(connection: sqlite3.Connection, path: Path) -> None:

@@ -33,7 +33,8 @@ from fedsweep.manager.protocol import (
     TaskProgress,
     parse_request,
 )
-from fedsweep.manager.server import refusals, serve_connection
+from fedsweep.manager.refusal_log import refusals
+from fedsweep.manager.server import serve_connection
 
 SWEEP = """\
 defaults: {dataset: digits, model_type: lr, width_factor: 2, depth: 1, num_clients: 2, output_dir: "out/{phase}"}
@@ -134,7 +135,7 @@ def refused(
 ) -> None:
     """Send the bytes; see the one error that answers them, and that nothing else has come of it."""
     log.set_level(logging.INFO)
-    refusals.filters[0].said_at.clear()  # type: ignore[union-attr]
+    refusals.forget()
     before = sweep.facts()
     with sweep.connect() as connection:
         with suppress(ConnectionError):  # the server may close before all is sent
