@@ -105,6 +105,8 @@ def draw(by_size: Sequence[dict[str, Any]], by_clients: Sequence[dict[str, Any]]
         axes.set_yscale("log")
         axes.set_xticks([p[name] for p in points], [str(p[name]) for p in points], minor=False)
         axes.set_xticks([], minor=True)
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:g}")
         axes.grid(True, which="both", alpha=0.25)
         axes.set_ylabel("ms for an experiment's round")
     left.set_xlabel("experiments of one seed in the cohort (10 clients)")
