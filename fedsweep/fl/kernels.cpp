@@ -775,35 +775,40 @@ struct Tile {
         }
   }
 
+  // Calls f(first line of tiles, lines, tiles) for as many tiles at once as fit.
+  template <class F>
+  static void each_group(const Layer& layer, F f) {
+    const int across = layer.tiles_in_line(), most = layer.lines_at_once();
+    for (int h = 0; h < across; h += most) {
+      const int lines = std::min(most, across - h);
+      f(h, lines, lines * across);
+    }
+  }
+
   // A convolution with the weights in `weight_points`.
   void convolve_by_points(const S* pad, const Layer& layer, const S* bias, S* out) const {
-    const int cb = layer.c.cb(), across = layer.tiles_in_line();
-    const std::ptrdiff_t weights = std::ptrdiff_t(s.width) * cb;
+    const int cb = layer.c.cb();
     const auto gemm = kernels(T, layer.c.nv).gemm;
-    for (int h = 0; h < across; h += layer.lines_at_once()) {
-      const int lines = std::min(layer.lines_at_once(), across - h), tiles = lines * across;
-      const std::ptrdiff_t points = std::ptrdiff_t(tiles) * cb;
+    each_group(layer, [&](int h, int lines, int tiles) {
       points_of_image(pad, layer, h, lines);
       for (int n = 0; n < POINTS; ++n)
-        gemm({in_points + n * points, cb, 0, s.width}, weight_points + n * weights, s.width, nullptr,
-             out_points + n * points, cb, tiles);
+        gemm({in_points + n * tiles * cb, cb, 0, s.width}, weight_points + n * s.width * cb, s.width, nullptr,
+             out_points + n * tiles * cb, cb, tiles);
       image_of_points(layer, h, lines, bias, out);
-    }
+    });
   }
 
   // Adds the weight gradient of the image in pad_in and pad_dz to that in `grad_points`.
   void add_grad_points(const Layer& layer) {
-    const int cb = layer.c.cb(), across = layer.tiles_in_line();
-    const std::ptrdiff_t weights = std::ptrdiff_t(s.width) * cb;
+    const int cb = layer.c.cb();
     const auto wgrad = kernels(T, layer.c.nv).wgrad;
-    for (int h = 0; h < across; h += layer.lines_at_once()) {
-      const int lines = std::min(layer.lines_at_once(), across - h), tiles = lines * across;
-      const std::ptrdiff_t points = std::ptrdiff_t(tiles) * cb;
+    each_group(layer, [&](int h, int lines, int tiles) {
       points_of_image(pad_in, layer, h, lines);
       points_of_gradient(layer, h, lines);
       for (int n = 0; n < POINTS; ++n)
-        wgrad(in_points + n * points, cb, out_points + n * points, tiles, grad_points + n * weights, s.width, true);
-    }
+        wgrad(in_points + n * tiles * cb, cb, out_points + n * tiles * cb, tiles, grad_points + n * s.width * cb,
+              s.width, true);
+    });
   }
 
   void turn_from_points(const Layer& layer) {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from raw_client import Client
 
 from fedsweep.errors import ProtocolError
 from fedsweep.manager import ExperimentManager
@@ -53,49 +54,14 @@ class Sweep:
     manager: ExperimentManager
     token: str
 
-    def connect(self) -> Connection:
-        return Connection(self.manager.port, self.token)
+    def connect(self) -> Client:
+        return Client(self.manager.port, token=self.token)
 
     def facts(self) -> tuple[object, ...]:
         with self.manager.lock:
             ledger = list(self.manager.sweep.ledger._db.iterdump())
             states = (self.manager.sweep.hands_out, self.manager.sweep.ending, self.manager.stops)
         return ledger, states, {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
-
-
-class Connection:
-    """A raw socket; nothing of ours."""
-
-    def __init__(self, port: int, token: str) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
-        self.token = token
-        self.received = b""
-
-    def __enter__(self) -> Connection:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def answer(self) -> dict[str, Any]:
-        """The next line."""
-        while b"\n" not in self.received:
-            data = self.socket.recv(65_536)
-            assert data, f"closed after {self.received!r}"
-            self.received += data
-        line, _, self.received = self.received.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def ask(self, **message: object) -> dict[str, Any]:
-        self.socket.sendall(json.dumps({"token": self.token, **message}).encode())
-        return self.answer()
-
-    def is_closed(self) -> bool:
-        """Whether the server closes without another word."""
-        with suppress(ConnectionResetError):
-            return not self.received and not self.socket.recv(1)
-        return True
 
 
 @pytest.fixture(scope="module")

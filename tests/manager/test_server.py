@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_client import Client
 
 from fedsweep.errors import FedsweepError, ProtocolError, UsageError
 from fedsweep.manager.protocol import ERROR_CODES, Request, RequestTask, Status, TaskFailed
@@ -72,45 +73,6 @@ def running(
         loop.call_soon_threadsafe(stop.set)
         thread.join(timeout=10)
         assert not thread.is_alive()
-
-
-class Client:
-    """A raw socket; nothing of ours."""
-
-    def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.received = b""
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def answer(self) -> dict[str, Any]:
-        """The next line."""
-        while b"\n" not in self.received:
-            data = self.socket.recv(65_536)
-            assert data, f"closed after {self.received!r}"
-            self.received += data
-        line, _, self.received = self.received.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def ask(self, **message: Any) -> dict[str, Any]:
-        self.send(json.dumps(message).encode() + b"\n")
-        return self.answer()
-
-    def is_closed(self) -> bool:
-        """Whether the server closes without another word."""
-        try:
-            return not self.received and not self.socket.recv(1)
-        except ConnectionResetError:
-            return True
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 from bench import Bench
+from raw_client import Client
 
 from fedsweep.manager import ExperimentManager
 from fedsweep.manager.protocol import Request
@@ -80,47 +80,6 @@ def server() -> Iterator[Callable[..., int]]:
     """Start a server with these options; its port. It ends with the test."""
     with ExitStack() as stack:
         yield lambda *positional, **options: stack.enter_context(run_server(*positional, **options))
-
-
-class Client:
-    """A raw socket; nothing of ours."""
-
-    def __init__(self, port: int, *, secure: Callable[[socket.socket], socket.socket] | None = None) -> None:
-        self.socket: socket.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if secure is not None:
-            self.socket = secure(self.socket)
-        self.received = b""
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def answer(self) -> dict[str, Any]:
-        """The next line."""
-        while b"\n" not in self.received:
-            data = self.socket.recv(65_536)
-            assert data, f"closed after {self.received!r}"
-            self.received += data
-        line, _, self.received = self.received.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def ask(self, **message: Any) -> dict[str, Any]:
-        self.send(json.dumps(message).encode() + b"\n")
-        return self.answer()
-
-    def is_closed(self) -> bool:
-        """Whether the server closes without another word."""
-        try:
-            return not self.received and not self.socket.recv(1)
-        except ConnectionError:
-            return True
 
 
 @pytest.fixture(scope="session")
