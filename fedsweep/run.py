@@ -99,7 +99,10 @@ def run_sweep(request: RunRequest) -> int:
 
 
 def _say_stopped(request: RunRequest, say: Any) -> int:
-    say(f"Stopped. Everything finished is kept in {request.state_dir}; the same command goes on from there.")
+    say(
+        f"Stopped. What has finished, and the rounds of what was running, are kept in {request.state_dir}; "
+        "the same command goes on from there."
+    )
     return INTERRUPTED
 
 
