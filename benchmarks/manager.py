@@ -5,7 +5,7 @@ of an hour); add `--json benchmarks/results/manager-$(date +%F).json` to keep th
 queues` for half of it, `--quick` to see in two minutes whether everything runs (with 10,000 tasks and 200 workers, so
 its verdicts say nothing). The queues need `redis-server` (Debian: `apt-get install redis-server`) and are left out
 where there is none; RQ and Celery are installed into environments of their own on first use (`--venvs`), in the
-versions that `benchmarks/peers/rq.txt` and `celery.txt` pin.
+versions that `benchmarks/peers/rq.txt` and `celery.txt` pin. `--tls` has the load come over TLS, as from other machines.
 
 What is measured: the manager as it is started by its command line, with its token, and simulated workers in another
 process, each with a connection that it keeps open, one request at a time on it, as real workers do. A worker asks for a
@@ -70,12 +70,12 @@ PARTS = ("load", "queues")
 def main() -> None:
     args = arguments()
     size = QUICK if args.quick else Size()
-    found: Found = machine.about() | {"quick": args.quick, "size": size.__dict__}
+    found: Found = machine.about() | {"quick": args.quick, "tls": args.tls, "size": size.__dict__}
     tables = []
     with scratch(args.work_dir) as folder:
         found["sync_ms"] = sync_times(folder)
         if "load" in args.parts:
-            found["load"] = load(folder, size)
+            found["load"] = load(folder, size, tls=args.tls)
         if "queues" in args.parts:
             found["queues"] = compare(folder, size, args.processes, args.venvs)
     requirements = judge(found)
@@ -94,6 +94,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=parts, default=PARTS, help="load, queues, or both (load,queues)")
     parser.add_argument("--quick", action="store_true", help="a tenth of everything: only whether it runs")
+    parser.add_argument("--tls", action="store_true", help="the load with TLS, as between machines")
     parser.add_argument("--processes", type=int, default=8, help="workers of the comparison with queues")
     parser.add_argument(
         "--work-dir", type=Path, help="folder on the disk to measure; one in the current folder if left out"
@@ -140,7 +141,7 @@ def sync_times(folder: Path) -> Found:
 # ---- load ------------------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, size: Size) -> Found:
+def load(folder: Path, size: Size, *, tls: bool = False) -> Found:
     """The manager under load, with few and with most tasks done, in turn."""
     early, late = folder / "early", folder / "late"
     found: Found = store(folder, early, size)
@@ -148,7 +149,7 @@ def load(folder: Path, size: Size) -> Found:
     fill(early, round(size.tasks * EARLY))
     shutil.copytree(early, late)
     fill(late, round(size.tasks * LATE))
-    with ServingManager(early) as few, ServingManager(late) as most:
+    with ServingManager(early, tls=tls) as few, ServingManager(late, tls=tls) as most:
         found["start_s"] = {"early": few.start_s, "late": most.start_s}
         say(f"started with {EARLY:.0%} done in {few.start_s:.1f} s, with {LATE:.0%} in {most.start_s:.1f} s")
         found["at_once"] = repeated(size, "all at once", lambda: swarm(few, "at-once", workers=size.workers))

@@ -72,13 +72,18 @@ class Usage:
 
 
 class ServingManager:
-    """The manager of the sweep in a folder, as a process of its own; stopped by SIGTERM at the end."""
+    """The manager of the sweep in a folder, as a process of its own; stopped by SIGTERM at the end.
 
-    def __init__(self, folder: Path) -> None:
+    With `tls` it listens on every address of this machine, and so speaks TLS.
+    """
+
+    def __init__(self, folder: Path, *, tls: bool = False) -> None:
         self.folder = folder
+        self.tls = tls
         self.address_file = folder / ".fedsweep" / "manager.json"
         self.address_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "fedsweep", "manager", "sweep.yaml", "--port", "0"]
+        command += ["--host", "0.0.0.0"] if tls else []
         environment = os.environ | {"PYTHONPATH": str(PROJECT)}
         began = time.perf_counter()
         with (folder / "manager.log").open("a") as log:
@@ -141,6 +146,7 @@ def swarm(manager: ServingManager, how: str, **options: Any) -> dict[str, Any]:
     script = Path(__file__).with_name("swarm.py")
     command = [sys.executable, str(script), how, "--port", str(manager.port), "--token-file", str(manager.token_file)]
     command += [f"--{name}={value}" for name, value in options.items()]
+    command += ["--tls"] if manager.tls else []
     used_before, usages = manager.cpu_s(), [manager.usage()]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while running.poll() is None:

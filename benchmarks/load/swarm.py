@@ -16,6 +16,7 @@ import gc
 import json
 import random
 import resource
+import ssl
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -111,8 +112,9 @@ class Line(asyncio.Protocol):
 class Swarm:
     """All lines, and what came of them."""
 
-    def __init__(self, port: int, token: str, num_workers: int, seed: int) -> None:
+    def __init__(self, port: int, token: str, num_workers: int, seed: int, *, tls: bool = False) -> None:
         self.port = port
+        self.tls = any_certificate() if tls else None
         self.token = token
         self.workers = [SimulatedWorker(f"simulated-{number}-0", seed) for number in range(num_workers)]
         self.waits: dict[str, list[float]] = defaultdict(list)
@@ -137,7 +139,7 @@ class Swarm:
 
     async def connect(self, asker: Asker) -> Line:
         loop = asyncio.get_running_loop()
-        _, line = await loop.create_connection(lambda: Line(asker, self), "127.0.0.1", self.port)
+        _, line = await loop.create_connection(lambda: Line(asker, self), "127.0.0.1", self.port, ssl=self.tls)
         self._lines.append(line)
         return line
 
@@ -234,11 +236,20 @@ class Swarm:
         return {"cpu_s_of_the_swarm": used.ru_utime + used.ru_stime}
 
 
+def any_certificate() -> ssl.SSLContext:
+    """What a client encrypts with that does not ask whom it talks to, as is enough on this machine."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("how", choices=("open", "closed", "at-once"))
     parser.add_argument("--port", type=int, required=True, help="of the manager, on this machine")
     parser.add_argument("--token-file", type=Path, required=True)
+    parser.add_argument("--tls", action="store_true", help="speak TLS, as workers on other machines do")
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=150.0, help="requests a second")
     parser.add_argument("--seconds", type=float, default=10.0)
@@ -248,7 +259,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0]),) * 2)
 
     async def run() -> dict[str, Any]:
-        swarm = Swarm(args.port, args.token_file.read_text().strip(), args.workers, args.seed)
+        swarm = Swarm(args.port, args.token_file.read_text().strip(), args.workers, args.seed, tls=args.tls)
         if args.how == "open":
             return await swarm.open_loop(args.rate, args.seconds)
         return await (swarm.closed_loop(args.seconds) if args.how == "closed" else swarm.at_once())
