@@ -5,7 +5,7 @@ of an hour); add `--json benchmarks/results/manager-$(date +%F).json` to keep th
 queues` for half of it, `--quick` to see in two minutes whether everything runs (with 10,000 tasks and 200 workers, so
 its verdicts say nothing). The queues need `redis-server` (Debian: `apt-get install redis-server`) and are left out
 where there is none; RQ and Celery are installed into environments of their own on first use (`--venvs`), in the
-versions that `benchmarks/peers/rq.txt` and `celery.txt` pin. `--tls` has the load come over TLS, as from other machines.
+versions that `benchmarks/peers/rq.txt` and `celery.txt` pin. `--tls` has the load come over TLS, as from elsewhere.
 
 What is measured: the manager as it is started by its command line, with its token, and simulated workers in another
 process, each with a connection that it keeps open, one request at a time on it, as real workers do. A worker asks for a

@@ -1,4 +1,4 @@
-"""Which trainer is chosen, how often it is timed, what becomes of the file. The clock is one that only trainers move."""
+"""Which trainer is chosen, how often it is timed, what becomes of the file. Only trainers move the clock."""
 
 from __future__ import annotations
 
