@@ -196,3 +196,10 @@ def test_importing_loads_neither_pandas_nor_matplotlib():
     code = "import fedsweep.report, fedsweep.report.tables, sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"pandas", "matplotlib", "numpy", "torch"} & set(modules)
+
+
+def test_a_whole_number_that_is_set_in_some_rows_only(make_rows, folder_of):
+    rows = make_rows({"poison_label": [None, 3], "poison_ratio": [0.2]}, target_class=1)
+    rows["poison_label"] = rows["poison_label"].astype("Int64")
+    made = report([folder_of(rows)], formats=("png",))
+    assert len(made.folders[0].plots) == 2
