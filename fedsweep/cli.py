@@ -402,13 +402,17 @@ def report(
     directories: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Output folders, each with a final_results.csv.")
     ],
+    state_dir: StateDir = Path(".fedsweep"),
     as_json: Json = False,
 ) -> None:
-    """Draw the plots and print the summary of finished experiments."""
+    """Draw the plots and print the summary of finished experiments.
+
+    What failed, was cancelled or has not finished is said too, as far as the ledger in the state directory knows of it.
+    """
     from fedsweep.report import report as make_report
     from fedsweep.report.tables import show_report
 
-    show_report(make_report(directories), as_json=as_json)
+    show_report(make_report(directories, state_dir=state_dir), as_json=as_json)
 
 
 @app.command()

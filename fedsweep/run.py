@@ -203,17 +203,20 @@ def _last_status(state_dir: Path) -> dict[str, Any]:
 
 def _finish(grid: Grid, status: Mapping[str, Any], request: RunRequest, seconds: float, code: int) -> None:
     """Report what was found: the table, the plots, what failed."""
-    from fedsweep.report import has_results, report
+    from fedsweep.report import has_results, report, words_without_results
     from fedsweep.report.tables import show_report
 
     folders = [Path(folder) for folder in _output_dirs(grid)]
-    made = report([folder for folder in folders if has_results(folder)])
+    empty = [folder for folder in folders if not has_results(folder)]
+    made = report([folder for folder in folders if folder not in empty], state_dir=request.state_dir)
     if request.as_json:
         counts = {name: status.get(name) for name in ("total", "complete", "failed")}
         files = [str(path) for path in made.files]
         print(json.dumps({"event": "end", **counts, "exit_code": code, "seconds": round(seconds, 3), "files": files}))
     elif not request.quiet:
         show_report(made)
+        for words in words_without_results(empty, request.state_dir) if empty else ():
+            print(words)
         print(f"Finished in {duration(seconds)}.")
     if code == 1:
         print(_failures(status, request.state_dir), file=sys.stderr)

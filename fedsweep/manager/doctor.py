@@ -18,11 +18,11 @@ from fedsweep.files import fsync
 from fedsweep.manager import file_systems
 from fedsweep.manager.clock import Clock
 from fedsweep.manager.columns import FILE_NAME
-from fedsweep.manager.invariants import RESTORE, Violation, check, reading
+from fedsweep.manager.invariants import Violation, check
 from fedsweep.manager.ledger import Ledger
 from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.mending import mend
-from fedsweep.manager.opening import open_database
+from fedsweep.manager.opening import RESTORE, open_database, reading
 from fedsweep.manager.projection import Projection
 from fedsweep.manager.state_dir import LEDGER_FILE, STATUS_FILE, StateLock
 

@@ -18,12 +18,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sqlite3
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,15 +34,11 @@ from fedsweep.manager.csv_lines import BYTE_ORDER_MARK, Header, read_header, rea
 from fedsweep.manager.failures import CANCELLED_ERROR
 from fedsweep.manager.ledger import MAX_FAILURES, MAX_LOSSES
 from fedsweep.manager.ledger_view import LedgerView
-from fedsweep.manager.opening import open_database, refuse_what_is_no_ledger
+from fedsweep.manager.opening import reading
 from fedsweep.manager.protocol import ResultData
 from fedsweep.manager.records import Row
 from fedsweep.manager.state_dir import LEDGER_FILE, STATUS_FILE
 
-RESTORE = (
-    "put a backup of the ledger in its place, with its own log or none beside it; without one, move the state "
-    "directory away and start the sweep again: rows in its results files count as done"
-)
 # What SQLite says of indices and values; whatever else it finds is damage.
 _MENDABLE = re.compile(r"(missing from|wrong # of entries in|non-unique entry in) index|constraint failed")
 SHOWN = 5  # of several alike in one message
@@ -90,35 +83,6 @@ def check(
         if has_ended:
             found += check_end(db, str(ledger), found)
     return found
-
-
-@contextmanager
-def reading(ledger: Path) -> Iterator[sqlite3.Connection]:
-    """A copy of the ledger, whole with its log, in the newest version, to look into: the file itself stays as it is.
-
-    Raises:
-        StateError: there is none, or it cannot be read.
-    """
-    if not os.path.lexists(ledger):
-        raise StateError(f"there is no {ledger}; name the state directory of a sweep")
-    refuse_what_is_no_ledger(ledger)
-    with tempfile.TemporaryDirectory(prefix="fedsweep-") as scratch:
-        copy = Path(scratch) / ledger.name
-        try:
-            for suffix in ("", "-wal", "-journal"):
-                if (part := Path(f"{ledger}{suffix}")).exists():
-                    shutil.copyfile(part, f"{copy}{suffix}")
-            db = open_database(copy, is_examined=False)
-        except OSError as error:
-            raise StateError(f"{ledger} cannot be read ({error.strerror})") from None
-        except StateError as error:
-            raise StateError(str(error).replace(str(copy), str(ledger))) from None
-        try:
-            yield db
-        except sqlite3.DatabaseError as error:
-            raise StateError(f"{ledger} is damaged ({error}); {RESTORE}") from None
-        finally:
-            db.close()
 
 
 # ---- the ledger ---------------------------------------------------------------------------------------------------

@@ -159,6 +159,19 @@ class LedgerView:
                 result=_result(row["data"], row["signature"]),
             )
 
+    def without_result(self, output_dir: str) -> Iterator[tuple[str, dict[str, Any], Status, str | None]]:
+        """The cells of this folder in the present grid that have no result.
+
+        Phase, parameters as spelled there, how its task stands, and the last error of that.
+        """
+        rows = self._db.execute(
+            "SELECT c.phase, c.spelled, t.status, t.last_error FROM cells c JOIN tasks t ON t.number = c.task "
+            "WHERE c.output_dir = ? AND c.active = 1 AND t.orphaned = 0 AND t.status != 'complete' ORDER BY c.position",
+            (output_dir,),
+        )
+        for row in rows:
+            yield row["phase"], from_json(row["spelled"]), row["status"], row["last_error"]
+
     def output_dirs(self) -> dict[str, bool]:
         """Every folder that has cells, and whether the present grid writes to it."""
         rows = self._db.execute("SELECT path, active FROM output_dirs ORDER BY path")

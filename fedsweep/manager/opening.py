@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import stat
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,6 +20,12 @@ from fedsweep.manager.file_systems import network_file_system
 
 COMPANIONS = ("-wal", "-journal", "-shm")  # that SQLite keeps beside its file
 ADVICE = "move it away or name another --state-dir"
+RESTORE = (
+    "put a backup of the ledger in its place, with its own log or none beside it; without one, move the state "
+    "directory away and start the sweep again: rows in its results files count as done"
+)
+WAL_HEADER = 32  # bytes
+COPIES = 10  # tries to copy a ledger between two changes of it
 
 
 def open_database(path: Path, *, is_examined: bool = True) -> sqlite3.Connection:
@@ -56,6 +65,65 @@ def open_database(path: Path, *, is_examined: bool = True) -> sqlite3.Connection
             raise StateError(f"{path} cannot be used ({error}); {ADVICE}") from None
         raise
     return connection
+
+
+@contextlib.contextmanager
+def reading(ledger: Path) -> Iterator[sqlite3.Connection]:
+    """A copy of the ledger, whole with its log, in the newest version, to look into: the file itself stays as it is.
+
+    A manager may be at work on it.
+
+    Raises:
+        StateError: there is none, or it cannot be read.
+    """
+    if not os.path.lexists(ledger):
+        raise StateError(f"there is no {ledger}; name the state directory of a sweep")
+    refuse_what_is_no_ledger(ledger)
+    with tempfile.TemporaryDirectory(prefix="fedsweep-") as scratch:
+        copy = Path(scratch) / ledger.name
+        try:
+            _copy(ledger, copy)
+            db = open_database(copy, is_examined=False)
+        except OSError as error:
+            raise StateError(f"{ledger} cannot be read ({error.strerror})") from None
+        except StateError as error:
+            raise StateError(str(error).replace(str(copy), str(ledger))) from None
+        try:
+            yield db
+        except sqlite3.DatabaseError as error:
+            raise StateError(f"{ledger} is damaged ({error}); {RESTORE}") from None
+        finally:
+            db.close()
+
+
+def _copy(ledger: Path, copy: Path) -> None:
+    """Copy a ledger and its log as they were at one moment.
+
+    What is appended to the log meanwhile does no harm: SQLite drops the end of a log that is not whole.
+    """
+    for _ in range(COPIES):
+        before = _generation(ledger)
+        for suffix in ("", "-wal", "-journal"):
+            _beside(copy, suffix).unlink(missing_ok=True)
+            if (part := _beside(ledger, suffix)).exists():
+                shutil.copyfile(part, _beside(copy, suffix))
+        if _generation(ledger) == before:
+            return
+    raise StateError(f"{ledger} is changed too often to be read while its manager runs; try again")
+
+
+def _generation(ledger: Path) -> tuple[object, ...]:
+    """What is another once the file has changed, or its log has begun anew."""
+    stamps = [
+        (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in (ledger, _beside(ledger, "-journal"))
+        if path.exists()
+    ]
+    wal = _beside(ledger, "-wal")
+    if not wal.exists():
+        return (*stamps, None)
+    with os.fdopen(open_plain(wal), "rb") as stream:
+        return (*stamps, stream.read(WAL_HEADER))
 
 
 def _followed(path: Path) -> Path:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedsweep.errors import DataError, UsageError
+from fedsweep.errors import DataError, StateError, UsageError
 from fedsweep.files import open_plain
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["FolderReport", "Report", "has_results", "report"]
+    from fedsweep.manager.gaps import Gap
+
+__all__ = ["FolderReport", "Report", "has_results", "report", "words_without_results"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class FolderReport:
 
     folder: Path
     summary: pd.DataFrame  # one row for each cell, as in summary.csv
+    cells: pd.DataFrame  # the same and the cells without any row, see `coverage.with_gaps`
     plots: tuple[Path, ...]
+    note: str = ""  # why it is not known which results are missing, if it is not
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,10 @@ class Report:
 
 
 def report(
-    dirs: Sequence[str | Path], out: str | Path | None = None, formats: Sequence[str] = ("png", "pdf")
+    dirs: Sequence[str | Path],
+    out: str | Path | None = None,
+    formats: Sequence[str] = ("png", "pdf"),
+    state_dir: Path | None = None,
 ) -> Report:
     """Summarise and plot the results of output folders.
 
@@ -49,21 +56,31 @@ def report(
     folder, or below `out` if that is given (in a sub-folder for each where there are several). The same value has the
     same colour in all plots of a call.
 
+    Which cells should have results is looked up in the ledger in `state_dir`. Without it, only the rows are known.
+
     Raises:
         UsageError: a folder has no results, or the plots cannot be written.
     """
     from fedsweep.manager.results import summarise
+    from fedsweep.report.coverage import with_gaps
 
     folders = list(dict.fromkeys(Path(folder) for folder in dirs))
-    rows = {folder: _read(folder) for folder in folders}
+    gaps, notes = _gaps(folders, state_dir)
+    rows = {folder: _read(folder, gaps.get(folder)) for folder in folders}
     summaries = {folder: summarise(frame) for folder, frame in rows.items()}
+    cells = {folder: with_gaps(summaries[folder], rows[folder], gaps.get(folder)) for folder in folders}
     for folder in folders:
         _refresh_summary(folder)
     places = {folder: folder / "plots" if out is None else Path(out) for folder in folders}
     if out is not None and len(folders) > 1:
         places = {folder: Path(out) / name for folder, name in zip(folders, _distinct_names(folders), strict=True)}
-    plots = _plot(rows, summaries, places, formats)
-    return Report(tuple(FolderReport(folder, summaries[folder], plots[folder]) for folder in folders))
+    plots = _plot(rows, cells, places, formats)
+    return Report(
+        tuple(
+            FolderReport(folder, summaries[folder], cells[folder], plots[folder], notes.get(folder, ""))
+            for folder in folders
+        )
+    )
 
 
 def has_results(folder: Path) -> bool:
@@ -77,12 +94,45 @@ def has_results(folder: Path) -> bool:
         return False
 
 
-def _read(folder: Path) -> pd.DataFrame:
+def words_without_results(folders: Sequence[Path], state_dir: Path) -> list[str]:
+    """Of each of these folders, none of which has a row, that it has none and why, as far as the ledger knows."""
+    gaps, _ = _gaps(folders, state_dir)
+    return [_no_results(folder, gaps[folder]) for folder in folders if gaps.get(folder)]
+
+
+def _gaps(folders: Sequence[Path], state_dir: Path | None) -> tuple[dict[Path, list[Gap]], dict[Path, str]]:
+    """What has no result in these folders, and for the others why that is not known."""
+    from fedsweep.manager.gaps import find_gaps
+    from fedsweep.manager.state_dir import LEDGER_FILE
+
+    if state_dir is None:
+        return {}, {}
+    why = f"no sweep in {state_dir} writes there; --state-dir names that of the sweep"
+    gaps: dict[Path, list[Gap]] = {}
+    if (state_dir / LEDGER_FILE).exists():
+        try:
+            gaps = find_gaps(state_dir, folders)
+        except StateError as error:
+            why = str(error)
+    return gaps, {folder: why for folder in folders if folder not in gaps}
+
+
+def _no_results(folder: Path, gaps: Sequence[Gap]) -> str:
+    from fedsweep.report.coverage import COUNTS, reasons
+
+    counts = {name: sum(f"n_{gap.reason}" == name for gap in gaps) for name in COUNTS}
+    return f"{folder} has no results; of its {len(gaps)} runs: {reasons(counts)}"
+
+
+def _read(folder: Path, gaps: Sequence[Gap] | None) -> pd.DataFrame:
+    from fedsweep.manager.columns import FILE_NAME
     from fedsweep.manager.results import read_results
 
     try:
         return read_results(folder)
     except DataError as error:
+        if gaps and not os.path.lexists(folder / FILE_NAME):
+            raise UsageError(_no_results(folder, gaps)) from error
         raise UsageError(f"{folder} is no folder of results: {error}") from error
 
 
@@ -110,18 +160,18 @@ def _distinct_names(folders: Sequence[Path]) -> list[str]:
 
 def _plot(
     rows: dict[Path, pd.DataFrame],
-    summaries: dict[Path, pd.DataFrame],
+    cells: dict[Path, pd.DataFrame],
     places: dict[Path, Path],
     formats: Sequence[str],
 ) -> dict[Path, tuple[Path, ...]]:
     from fedsweep.report.look import scales
     from fedsweep.report.plots import plot_folder
 
-    common = scales(summaries.values())
+    common = scales(cells.values())
     plots = {}
-    for folder, summary in summaries.items():
+    for folder, own in cells.items():
         try:
-            plots[folder] = plot_folder(summary, _history(folder, rows[folder]), places[folder], common, formats)
+            plots[folder] = plot_folder(own, _history(folder, rows[folder]), places[folder], common, formats)
         except OSError as error:
             raise UsageError(f"the plots of {folder} cannot be written: {error}") from error
     return plots

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fedsweep.report.coverage import runs
 from fedsweep.report.labels import axis_of, is_empty, is_numeric, levels, value_of, varying
 from fedsweep.report.look import ACCURACY_LEAST, FAINT, Scales, limits, new_figure, outer_labels, percent
 from fedsweep.report.panels import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 PANELS_ON_A_PAGE = 12
 MOST_TICKS = 12
 LABEL_ROOM = 0.045  # of the axis, for each character of its longest label
+DIVERGED, BARE = "x", "o"  # the mark, at the foot, of a cell all of whose runs diverged, and of one without any row
 ASIDE = 0.12  # how far apart points of one word stand
 LOG_FROM = 8.0  # an axis whose last value is that many times its first is logarithmic
 
@@ -119,10 +121,12 @@ def _draw_line(axes: Axes, own: pd.DataFrame, x: XAxis, appearance: dict[str, An
             axes.fill_between(places, low, high, color=colour, alpha=FAINT, linewidth=0)
         else:
             axes.vlines(places, low, high, color=colour, linewidth=0.9)
-    lost = places[own["n_seeds"].to_numpy() == 0]
-    if len(lost):
+    are_bare, are_lost = runs(own).to_numpy() == 0, own["n_seeds"].to_numpy() == 0
+    for marker, at in ((DIVERGED, places[are_lost & ~are_bare]), (BARE, places[are_bare])):
         foot = axes.get_xaxis_transform()
-        axes.plot(lost, np.zeros(len(lost)), "x", color=colour, markersize=5, transform=foot, clip_on=False)
+        shape: dict[str, Any] = {"marker": marker, "linestyle": "none", "markersize": 5, "markerfacecolor": "none"}
+        if len(at):
+            axes.plot(at, np.zeros(len(at)), color=colour, transform=foot, clip_on=False, **shape)
 
 
 def _set_x_axis(axes: Axes, x: XAxis) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedsweep.report.coverage import lacking
 from fedsweep.report.look import ACCURACY_LEAST, FAINT, Numbers, Scales, limits, new_figure, outer_labels
 from fedsweep.report.panels import (
     Panel,
@@ -41,14 +42,15 @@ def curve_figures(phase: str, cells: pd.DataFrame, rounds: pd.DataFrame, scales:
     Diverged runs are left out where the cell has others. Of a very large grid the first panels are drawn, and the last
     page says how many are not.
     """
-    roles = assign(rounds, first=("poison_ratio",))
+    known = cells if lacking(cells).any() else rounds
+    roles = assign(known, first=("poison_ratio",))
     every = panels(rounds, roles.panels)
     hidden = len(every) - MOST_PANELS
     columns = columns_for(rounds, roles.panels, len(every))
     for title, page in pages(phase, every[:MOST_PANELS], columns, PANELS_ON_A_PAGE):
         is_cut = hidden > 0 and page[-1] is every[MOST_PANELS - 1]
         note = f"{hidden} more panels are not drawn; their rounds are in history.parquet" if is_cut else ""
-        yield _page(title, cells, rounds, page, columns, roles, scales, note)
+        yield _page(title, cells, known, page, columns, roles, scales, note)
 
 
 def over_seeds(rounds: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -74,7 +76,7 @@ def over_seeds(rounds: pd.DataFrame, metric: str) -> pd.DataFrame:
 def _page(
     title: str,
     cells: pd.DataFrame,
-    rounds: pd.DataFrame,
+    known: pd.DataFrame,
     page: Sequence[Panel],
     columns: int,
     roles: Roles,
@@ -96,7 +98,7 @@ def _page(
     for axes, panel in zip(grid[::2].flat, page, strict=False):
         axes.set_title(panel.title)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    legend(figure, rounds, roles, scales, "line")
+    legend(figure, known, roles, scales, "line")
     caption(figure, title, cells, "bands: 95 % confidence interval", note)
     return figure
 

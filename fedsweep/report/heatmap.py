@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsweep.report.labels import axis_of, levels, value_of, varying
 from fedsweep.report.look import new_figure, outer_labels, percent
-from fedsweep.report.panels import Panel, caption, columns_for, pages, panels, rank
+from fedsweep.report.panels import BARE, Panel, caption, columns_for, pages, panels, rank
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +67,7 @@ def _map(axes: Axes, panel: Panel, widths: list[Any], depths: list[Any], limits:
     for cell in panel.cells.to_dict("records"):
         place = depths.index(cell["depth"]), widths.index(cell["width_factor"])
         means[place] = percent(cell["mean_test_acc"])
-        words[place] = f"{means[place]:.1f}" if cell["n_seeds"] else "div."
+        words[place] = f"{means[place]:.1f}" if cell["n_seeds"] else "div." if cell["n_diverged"] else BARE
         if with_deviation and cell["n_seeds"] > 1:
             words[place] += f"\n± {percent(cell['std_test_acc']):.1f}"
     image = axes.imshow(means, origin="lower", aspect="auto", cmap="viridis", vmin=limits[0], vmax=limits[1])

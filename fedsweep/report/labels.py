@@ -83,7 +83,7 @@ def is_empty(value: Any) -> bool:
     """Whether a cell of a table holds nothing: None, NaN, NA or an empty string."""
     import pandas as pd
 
-    return value is None or value == "" or bool(pd.isna(value))
+    return value is None or bool(pd.isna(value)) or value == ""
 
 
 def name_of(parameter: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from fedsweep.report.coverage import coverage_note, is_plan_known, lacking, runs
 from fedsweep.report.labels import constants, is_empty, is_numeric, levels, name_of, pair_of, value_of, varying
 from fedsweep.report.look import DARK, GREY, HUES, LINES, Scales
 
@@ -22,6 +23,7 @@ APART = ("alpha", "partition", "num_clients", "model_type", "dataset")
 LINES_TOGETHER = 8
 COLOURS_TOGETHER = 10
 COLUMNS = 4
+BARE = "○"  # a cell without any row
 
 
 @dataclass(frozen=True)
@@ -147,18 +149,22 @@ def _entries(name: str, cells: pd.DataFrame, roles: Roles, scales: Scales) -> li
 
 
 def caption(figure: Figure, title: str, cells: pd.DataFrame, note: str, *more: str) -> None:
-    """The title above; below, small, what all cells share, how many seeds there are, and what diverged."""
+    """The title above; below, small, what all cells share, how many seeds there are, what diverged, what is missing."""
     figure.suptitle(title, fontsize=9, fontweight="bold")
     shared = ", ".join(pair_of(name, value) for name, value in constants(cells).items())
-    seeds = sorted(set(cells["n_seeds"] + cells["n_diverged"]))
+    if shared and not is_plan_known(cells):
+        shared = f"in all rows: {shared}"
+    seeds = sorted(set(runs(cells) + lacking(cells)))
     counted = (
         f"{seeds[0]} seed{'' if seeds[-1] == 1 else 's'}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
     )
-    parts = [part for part in (shared, f"{counted}; {note}" if seeds[-1] > 1 else counted) if part]
+    parts = [part for part in (shared, f"{counted}; {note}" if runs(cells).max() > 1 else counted) if part]
     parts += filter(None, more)
     diverged = int(cells["n_diverged"].sum())
     if diverged:
         parts.append(f"{diverged} diverged run{'' if diverged == 1 else 's'} left out (×: all of a cell)")
+    if missing := coverage_note(cells, pair_of):
+        parts.append(missing + (f" ({BARE}: cell without a result)" if (runs(cells) == 0).any() else ""))
     figure.supxlabel("\n".join(_wrapped(". ".join(parts), figure.get_figwidth())), fontsize=6.5, color=GREY)
 
 

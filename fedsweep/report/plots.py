@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsweep.report.accuracy import accuracy_figures
+from fedsweep.report.coverage import runs
 from fedsweep.report.curves import curve_figures
 from fedsweep.report.heatmap import heat_figures
 from fedsweep.report.labels import varying
@@ -19,18 +20,21 @@ if TYPE_CHECKING:
 
 
 def plot_folder(
-    summary: pd.DataFrame, history: pd.DataFrame | None, folder: Path, scales: Scales, formats: Sequence[str]
+    cells: pd.DataFrame, history: pd.DataFrame | None, folder: Path, scales: Scales, formats: Sequence[str]
 ) -> tuple[Path, ...]:
     """Draw every figure that the cells of a folder allow, and save it in `folder`; the files written.
 
-    `summary` is what `summarise` gives, `history` the rounds with the parameters of their cells, or None.
+    `cells` are what `with_gaps` gives, `history` the rounds with the parameters of their cells, or None. A phase
+    without any row has no figure.
     """
     written: list[Path] = []
     names: set[str] = set()
     with style():
-        for phase, cells in summary.groupby("phase"):
+        for phase, own in cells.groupby("phase"):
+            if not runs(own).any():
+                continue
             rounds = None if history is None else history[history["phase"] == phase]
-            for kind, pages in figures(str(phase), cells, rounds, scales):
+            for kind, pages in figures(str(phase), own, rounds, scales):
                 for number, figure in enumerate(pages, 1):
                     page = f"_{number}" if number > 1 else ""
                     stem = _unused(f"{_file_name(str(phase))}_{kind}{page}", names)

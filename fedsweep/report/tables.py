@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedsweep.report.labels import constants, is_empty, sorted_cells, varying
+from fedsweep.report.coverage import COUNTS, coverage_note, is_plan_known, lacking, reasons, runs
+from fedsweep.report.labels import constants, is_empty, parameters, sorted_cells, varying
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,7 +18,16 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 40
 DIVERGED = "diverged"
-METRIC_HEADINGS = ("test accuracy (%)", "95 % CI", "drop (points)", "attack success (%)", "seeds", "diverged")
+NOTHING = "—"
+METRIC_HEADINGS = (
+    "test accuracy (%)",
+    "95 % CI",
+    "drop (points)",
+    "attack success (%)",
+    "seeds",
+    "diverged",
+    "no result",
+)
 
 
 def show_report(report: Report, *, as_json: bool = False, console: Console | None = None) -> None:
@@ -29,32 +39,41 @@ def show_report(report: Report, *, as_json: bool = False, console: Console | Non
         return
     console = console or Console()
     for folder in report.folders:
-        for phase, cells in by_phase(folder.summary):
+        for phase, cells in by_phase(folder.cells):
             _show_phase(console, phase, cells, f"{folder.folder / 'summary.csv'}")
-        if not len(folder.summary):
+        if not len(folder.cells):
             console.print(f"{folder.folder}: no results yet", markup=False, highlight=False)
     for folder in report.folders:
         kinds = ", ".join(dict.fromkeys(f"*{path.suffix}" for path in folder.plots))
         plots = f"; {len(folder.plots)} plots in {folder.plots[0].parent} ({kinds})" if folder.plots else ""
         line = f"{folder.folder}: rows in final_results.csv, over seeds in summary.csv{plots}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if folder.note:
+            line = f"{folder.folder}: which cells have no result is not known: {folder.note}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_phase(console: Console, phase: str, cells: pd.DataFrame, rest: str) -> None:
     from rich.measure import Measurement
 
+    missing, spread = missing_line(cells), spread_line(cells)
     if console.is_terminal:
         console.print(heading(phase, cells), style="bold", markup=False, highlight=False)
         console.print(constants_line(cells), style="dim", markup=False, highlight=False)
+        if missing:
+            console.print(missing, style="yellow", markup=False, highlight=False)
         table = summary_table(cells)
         needed = Measurement.get(console, console.options.update(max_width=10_000), table).minimum
         console.print(table, width=max(console.width, needed), soft_wrap=True)
+        if spread:
+            console.print(spread, style="dim", markup=False, highlight=False)
     else:
-        text = f"{heading(phase, cells)}\n\n{constants_line(cells)}\n\n{markdown(cells)}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    hidden = len(cells) - SHOWN_ROWS
-    if hidden > 0:
-        line = f"… and {hidden} more rows in {rest}"
+        paragraphs = [heading(phase, cells), constants_line(cells), missing, markdown(cells), spread]
+        console.print("\n\n".join(filter(None, paragraphs)), markup=False, highlight=False, soft_wrap=True)
+    hidden = runs(cells.iloc[SHOWN_ROWS:]) > 0
+    if len(hidden):
+        bare = f"; {(~hidden).sum()} more without a result" if not hidden.all() else ""
+        line = f"… and {hidden.sum()} more rows in {rest}{bare}"
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     console.print()
 
@@ -66,11 +85,11 @@ def by_phase(summary: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def heading(phase: str, cells: pd.DataFrame) -> str:
     """What a table is of: `attack: 24 cells, 3 seeds each`; `attack: 24 cells, 70 runs, 2 runs diverged`."""
-    runs, diverged = cells["n_seeds"] + cells["n_diverged"], int(cells["n_diverged"].sum())
-    if runs.nunique() == 1:
-        counted = f"{_count(int(runs.iloc[0]), 'seed')}{' each' if len(cells) > 1 else ''}"
+    seeds, diverged = runs(cells) + lacking(cells), int(cells["n_diverged"].sum())
+    if seeds.nunique() == 1:
+        counted = f"{_count(int(seeds.iloc[0]), 'seed')}{' each' if len(cells) > 1 else ''}"
     else:
-        counted = _count(int(runs.sum()), "run")
+        counted = _count(int(seeds.sum()), "run")
     note = f", {_count(diverged, 'run')} diverged" if diverged else ""
     return f"{phase}: {_count(len(cells), 'cell')}, {counted}{note}"
 
@@ -81,7 +100,28 @@ def _count(number: int, noun: str) -> str:
 
 def constants_line(cells: pd.DataFrame) -> str:
     """The parameters that all cells share, in one line."""
-    return ", ".join(f"{name} {_text(value)}" for name, value in constants(cells).items())
+    line = ", ".join(_pair(name, value) for name, value in constants(cells).items())
+    return line if is_plan_known(cells) or not line else f"in all rows: {line}"
+
+
+def missing_line(cells: pd.DataFrame) -> str:
+    """What of these cells has no result, and what to do; empty if nothing is known to be missing."""
+    note = coverage_note(cells, _pair)
+    failed = is_plan_known(cells) and cells["n_failed"].any()
+    return f"{note}.{' `fedsweep failures` says why.' if failed else ''}" if note else ""
+
+
+def spread_line(cells: pd.DataFrame) -> str:
+    """What stands behind ± in the table; empty where nothing does."""
+    seeds = cells.loc[cells["n_seeds"] > 0, "n_seeds"]
+    if not (seeds > 1).any():
+        return ""
+    over = f"{seeds.iloc[0]} seeds" if seeds.nunique() == 1 else "the seeds of the row"
+    return f"a ± b: mean and standard deviation over {over}; 95 % CI: half width of the interval of that mean"
+
+
+def _pair(name: str, value: Any) -> str:
+    return f"{name} {_text(value)}"
 
 
 def summary_table(cells: pd.DataFrame, shown: int = SHOWN_ROWS) -> Table:
@@ -126,10 +166,20 @@ def as_records(report: Report) -> dict[str, Any]:
             "cells": [
                 {str(name): _plain(value) for name, value in row.items()} for row in folder.summary.to_dict("records")
             ],
+            "without_result": _incomplete(folder.cells),
         }
         for folder in report.folders
     ]
     return {"folders": folders, "files": [str(path) for path in report.files]}
+
+
+def _incomplete(cells: pd.DataFrame) -> list[dict[str, Any]] | None:
+    """The cells some of whose seeds have no result: phase, parameters, how many seeds stand how. None: not known."""
+    if not is_plan_known(cells):
+        return None
+    names = ["phase", *parameters(cells), "n_seeds", "n_diverged", *COUNTS]
+    incomplete = cells[lacking(cells) > 0]
+    return [{name: _plain(row[name]) for name in names} for row in incomplete.to_dict("records")]
 
 
 def _grid(cells: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
@@ -153,14 +203,24 @@ def _metric_columns(cells: pd.DataFrame) -> list[list[str]]:
             for drop, deviation in zip(cells["accuracy_drop"], cells["accuracy_drop_std"], strict=True)
         ],
         [_signed(share, "{:.1f}") for share in success],
-        [str(count) for count in cells["n_seeds"]] if cells["n_seeds"].nunique() > 1 else [],
+        _seeds(cells) if cells["n_seeds"].nunique() > 1 or lacking(cells).any() else [],
         [str(count) for count in cells["n_diverged"]] if cells["n_diverged"].any() else [],
+        [reasons(row) for row in cells[list(COUNTS)].to_dict("records")] if is_plan_known(cells) else [],
+    ]
+
+
+def _seeds(cells: pd.DataFrame) -> list[str]:
+    lost = lacking(cells)
+    planned = runs(cells) + lost
+    return [
+        f"{count} of {asked}" if missing else str(count)
+        for count, asked, missing in zip(cells["n_seeds"], planned, lost, strict=True)
     ]
 
 
 def _accuracy(row: Mapping[Any, Any], several: bool) -> str:
     if not row["n_seeds"]:
-        return DIVERGED
+        return DIVERGED if row["n_diverged"] else NOTHING
     deviation = _signed(row["std_test_acc"], " ± {:.1f}") if several else ""
     return _signed(row["mean_test_acc"], "{:.1f}") + deviation
 
@@ -178,7 +238,7 @@ def _text(value: Any) -> str:
 
 def _justify(column: int, rows: Sequence[Sequence[str]]) -> Any:
     """Numbers to the right, words to the left."""
-    fields = [row[column] for row in rows if row[column] not in ("", DIVERGED)]
+    fields = [row[column] for row in rows if row[column] not in ("", DIVERGED, NOTHING)]
     return "right" if all(field[:1].isdigit() or field[:1] in "-±" for field in fields) else "left"
 
 

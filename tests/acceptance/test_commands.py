@@ -154,5 +154,19 @@ def test_failed_experiments_end_with_status_1_and_their_reason(fedsweep, tmp_pat
     (tmp_path / "impossible.yaml").write_text(TINY.replace("num_clients: 2", "num_clients: 1000"))
     done = fedsweep("run", "impossible.yaml", "--device", "cpu", "poison_level=sample")
     assert done.returncode == 1, done.stdout + done.stderr
+    assert "results_tiny has no results; of its 8 runs: 8 failed\n" in done.stdout
     assert "6 experiments failed for good" in done.stderr
     assert "min_client_size" in done.stderr
+
+
+def test_a_report_names_the_cells_that_failed(fedsweep, tmp_path):
+    (tmp_path / "half.yaml").write_text(TINY.replace("poison_ratio: [0.0, 0.5]", "num_clients: [2, 1000]"))
+    assert fedsweep("run", "half.yaml", "--device", "cpu").returncode == 1
+    done = fedsweep("report", "results_tiny")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "4 of 8 runs have no result (4 failed): all with num_clients 1000. `fedsweep failures` says" in done.stdout
+    assert done.stdout.count("2 failed") == 2
+    alone = fedsweep("report", "results_tiny", "--state-dir", "elsewhere")
+    assert alone.returncode == 0
+    assert "in all rows: dataset digits" in alone.stdout
+    assert "results_tiny: which cells have no result is not known: no sweep in elsewhere writes there" in alone.stdout

@@ -13,6 +13,10 @@ import pandas as pd
 import pytest
 
 from fedsweep.manager.columns import METRICS, PROVENANCE_COLUMNS, RESULT_COLUMNS
+from fedsweep.manager.gaps import Gap
+from fedsweep.manager.results import summarise
+from fedsweep.report.coverage import with_gaps
+from fedsweep.report.labels import parameters
 
 BASE = {
     "phase": "attack",
@@ -57,6 +61,21 @@ def make_rows() -> Callable[..., pd.DataFrame]:
                 rows.append(cell | metrics | rest | success)
         others = [name for name in rows[0] if name not in RESULT_COLUMNS + PROVENANCE_COLUMNS]
         return pd.DataFrame(rows).reindex(columns=[*RESULT_COLUMNS, *others, *PROVENANCE_COLUMNS])
+
+    return make
+
+
+@pytest.fixture
+def without() -> Callable[..., pd.DataFrame]:
+    """The cells of a sweep that was to have all these rows and has not those that are `lost`, each for a reason."""
+
+    def make(rows: pd.DataFrame, lost: pd.Series, reason: str = "failed") -> pd.DataFrame:
+        names = [*parameters(rows), "seed"]
+        gaps = [
+            Gap(phase=row["phase"], values={name: row[name] for name in names}, reason=reason)
+            for row in rows[lost].to_dict("records")
+        ]
+        return with_gaps(summarise(rows[~lost]), rows[~lost], gaps)
 
     return make
 

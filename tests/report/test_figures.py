@@ -29,8 +29,11 @@ def looks():
 
 
 def accuracy(rows):
-    summary = summarise(rows)
-    return list(accuracy_figures("attack", summary, scales([summary])))
+    return accuracy_of(summarise(rows))
+
+
+def accuracy_of(cells):
+    return list(accuracy_figures("attack", cells, scales([cells])))
 
 
 def drawn(axes):
@@ -80,9 +83,57 @@ def test_the_figure_is_named_for_its_phase_and_says_what_is_constant(small):
     [figure] = accuracy(small)
     assert figure.get_suptitle() == "attack"
     assert caption(figure) == (
+        "in all rows: digits, CNN, width 8, depth 1, label flip, α = 1, order shuffle, FedAvg, batch size 32. "
+        "3 seeds; bands: 95 % confidence interval"
+    )
+
+
+def test_where_the_plan_is_known_what_is_constant_is_so_in_the_plan(small, without):
+    [figure] = accuracy_of(without(small, small["seed"] == 0))
+    assert caption(figure) == (
         "digits, CNN, width 8, depth 1, label flip, α = 1, order shuffle, FedAvg, batch size 32. "
         "3 seeds; bands: 95 % confidence interval"
     )
+
+
+@pytest.fixture
+def no_alpha(make_rows, without):
+    """A sweep over alpha and the aggregator of which all with alpha 0.1 failed; its rows and its cells."""
+    grid = {"alpha": [100.0, 0.1], "aggregator": ["fedavg", "median"], "poison_ratio": [0.0, 0.3]}
+    rows = make_rows(grid)
+    lost = rows["alpha"] == 0.1
+    return rows[~lost], without(rows, lost)
+
+
+def test_cells_without_a_result_are_circles_on_the_axis_and_named(no_alpha):
+    _, cells = no_alpha
+    [figure] = accuracy_of(cells)
+    circles = [line for line in figure.axes[0].get_lines() if line.get_markerfacecolor() == "none"]
+    assert [line.get_xdata().tolist() for line in circles] == [[0, 0.3], [0, 0.3]]
+    assert {line.get_marker() for line in circles} == {"o"}
+    assert legend_words(figure) == ["aggregator", "FedAvg", "median", "α", "0.1", "100"]
+    assert caption(figure) == (
+        "digits, CNN, width 8, depth 1, label flip, order shuffle, batch size 32. 3 seeds; bands: 95 % confidence "
+        "interval. 12 of 24 runs have no result (12 failed): all with α = 0.1 (○: cell without a result)"
+    )
+
+
+def test_curves_say_which_cells_have_no_result(no_alpha, make_history):
+    rows, cells = no_alpha
+    rounds = rows[["signature", "outcome", *parameters(rows)]].merge(make_history(rows), on="signature")
+    [figure] = curve_figures("attack", cells, rounds, scales([cells]))
+    assert [axes.get_title() for axes in figure.axes] == ["α = 100", ""]
+    assert "α" not in caption(figure).partition(". ")[0]
+    assert "12 of 24 runs have no result (12 failed): all with α = 0.1" in caption(figure)
+
+
+def test_a_field_of_the_map_without_a_result_is_a_circle(make_rows, without):
+    rows = make_rows({"width_factor": [4, 8], "depth": [1, 2]})
+    lost = (rows["width_factor"] == 8) & (rows["depth"] == 2)
+    [figure] = heat_figures("size", without(rows, lost))
+    words = [text.get_text().partition("\n")[0] for text in figure.axes[0].texts]
+    assert words.count("○") == 1
+    assert "all with width 8, depth 2 (○: cell without a result)" in caption(figure)
 
 
 def test_one_seed_has_no_band_and_says_so(make_rows):

@@ -14,6 +14,8 @@ from PIL import Image
 from fedsweep.errors import UsageError
 from fedsweep.manager.results import summarise
 from fedsweep.report import report
+from fedsweep.report.look import scales
+from fedsweep.report.plots import plot_folder
 
 GRID = {"aggregator": ["fedavg", "median"], "poison_ratio": [0.0, 0.3]}
 SIZES = {"width_factor": [4, 8], "depth": [1, 2], "poison_ratio": [0.0, 0.3]}
@@ -196,3 +198,17 @@ def test_importing_loads_neither_pandas_nor_matplotlib():
     code = "import fedsweep.report, fedsweep.report.tables, sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"pandas", "matplotlib", "numpy", "torch"} & set(modules)
+
+
+def test_a_whole_number_that_is_set_in_some_rows_only(make_rows, folder_of):
+    rows = make_rows({"poison_label": [None, 3], "poison_ratio": [0.2]}, target_class=1)
+    rows["poison_label"] = rows["poison_label"].astype("Int64")
+    made = report([folder_of(rows)], formats=("png",))
+    assert len(made.folders[0].plots) == 2
+
+
+def test_a_phase_without_any_row_has_no_figure(make_rows, without, tmp_path):
+    rows = pd.concat([make_rows(GRID), make_rows(GRID, phase="lost")], ignore_index=True)
+    cells = without(rows, rows["phase"] == "lost")
+    assert set(cells["phase"]) == {"attack", "lost"}
+    assert names(plot_folder(cells, None, tmp_path, scales([cells]), ("png",)), tmp_path) == ["attack_accuracy.png"]

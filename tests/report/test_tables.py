@@ -10,9 +10,22 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from fedsweep.manager.gaps import Gap
 from fedsweep.manager.results import summarise
 from fedsweep.report import FolderReport, Report
-from fedsweep.report.tables import SHOWN_ROWS, as_records, by_phase, constants_line, heading, markdown, show_report
+from fedsweep.report.coverage import with_gaps
+from fedsweep.report.labels import parameters
+from fedsweep.report.tables import (
+    SHOWN_ROWS,
+    as_records,
+    by_phase,
+    constants_line,
+    heading,
+    markdown,
+    missing_line,
+    show_report,
+    spread_line,
+)
 
 
 def cells_of(rows):
@@ -57,7 +70,8 @@ def test_the_table_for_a_terminal_says_the_same(small):
 def report_of(*frames):
     from pathlib import Path
 
-    return Report(tuple(FolderReport(Path(f"out{n}"), summarise(rows), ()) for n, rows in enumerate(frames)))
+    summaries = map(summarise, frames)
+    return Report(tuple(FolderReport(Path(f"out{n}"), cells, cells, ()) for n, cells in enumerate(summaries)))
 
 
 def shown(report, width=80, terminal=True):
@@ -80,7 +94,7 @@ def test_only_what_varies_has_a_column(make_rows):
     headings, _ = fields_of(markdown(cells_of(rows)))
     assert headings[:3] == ["model_type", "poison_ratio", "test accuracy (%)"]
     assert constants_line(cells_of(rows)) == (
-        "dataset digits, width_factor 8, depth 1, poison_type label_flip, alpha 1, data_ordering shuffle, "
+        "in all rows: dataset digits, width_factor 8, depth 1, poison_type label_flip, alpha 1, data_ordering shuffle, "
         "aggregator fedavg, batch_size 32"
     )
 
@@ -152,7 +166,7 @@ def test_hundreds_of_rows_are_cut_with_a_line_that_says_where_the_rest_is(make_r
 def test_into_a_pipe_goes_markdown_without_line_breaks(make_rows):
     rows = make_rows({"aggregator": ["fedavg", "median"], "poison_ratio": [0.0, 0.3]})
     text = shown(report_of(rows), width=40, terminal=False)
-    assert text.startswith("attack: 4 cells, 3 seeds each\n\ndataset digits, ")
+    assert text.startswith("attack: 4 cells, 3 seeds each\n\nin all rows: dataset digits, ")
     assert "\x1b" not in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(line) for line in table}) == 1
@@ -190,3 +204,158 @@ def test_json_has_shares_and_null_and_nothing_else_on_standard_output(small, cap
 def test_a_folder_without_rows_says_so(make_rows):
     empty = make_rows({"poison_ratio": [0.0]}).iloc[:0]
     assert "out0: no results yet" in shown(report_of(empty))
+
+
+# ---- what has no result
+
+
+@pytest.fixture
+def no_alpha(make_rows, without):
+    """A sweep over alpha of which all with alpha 0.1 failed, and one seed of another cell."""
+    rows = make_rows({"alpha": [100.0, 0.1], "poison_ratio": [0.0, 0.3]})
+    rows["mean_test_acc"] = [0.9, 0.8, 0.7, 0.5, 0.6, 0.4] * 2
+    return without(rows, (rows["alpha"] == 0.1) | ((rows["poison_ratio"] == 0.3) & (rows["seed"] == 2)))
+
+
+def ordered(cells):
+    [(_, cells)] = by_phase(cells)
+    return cells
+
+
+def test_what_failed_has_rows_and_its_parameter_is_no_constant(no_alpha):
+    cells = ordered(no_alpha)
+    headings, rows = fields_of(markdown(cells))
+    assert headings[:3] == ["alpha", "poison_ratio", "test accuracy (%)"]
+    assert headings[-2:] == ["seeds", "no result"]
+    assert [(*row[:3], *row[-2:]) for row in rows] == [
+        ("0.1", "0", "—", "0 of 3", "3 failed"),
+        ("0.1", "0.3", "—", "0 of 3", "3 failed"),
+        ("100", "0", "80.0 ± 10.0", "3", ""),
+        ("100", "0.3", "45.0 ± 7.1", "2 of 3", "1 failed"),
+    ]
+    assert "alpha" not in constants_line(cells)
+    assert constants_line(cells).startswith("dataset digits, ")
+    assert heading("attack", cells) == "attack: 4 cells, 3 seeds each"
+    assert missing_line(cells) == (
+        "7 of 12 runs have no result (7 failed): all with alpha 0.1; 1 of 3 with poison_ratio 0.3, alpha 100. "
+        "`fedsweep failures` says why."
+    )
+
+
+def test_the_terminal_and_the_pipe_say_what_has_no_result(no_alpha, make_rows):
+    from pathlib import Path
+
+    summary = summarise(make_rows({"poison_ratio": [0.0]}))
+    made = Report((FolderReport(Path("out"), summary, no_alpha, (), "nobody said so"),))
+    for terminal in (True, False):
+        text = shown(made, width=200, terminal=terminal)
+        assert "7 of 12 runs have no result (7 failed): all with alpha 0.1; " in text
+        assert text.count("3 failed") == 2
+        assert "out: which cells have no result is not known: nobody said so\n" in text
+        assert "a ± b: mean and standard deviation over the seeds of the row; 95 % CI: " in text
+
+
+@pytest.mark.parametrize(("reason", "words"), [("cancelled", "cancelled"), ("unfinished", "not finished")])
+def test_what_did_not_fail_is_not_called_failed(make_rows, without, reason, words):
+    rows = make_rows({"aggregator": ["fedavg", "median"]})
+    cells = without(rows, rows["aggregator"] == "median", reason)
+    assert missing_line(cells) == f"3 of 6 runs have no result (3 {words}): all with aggregator median."
+
+
+def test_a_sweep_without_gaps_has_no_word_of_them(make_rows, without):
+    rows = make_rows({"aggregator": ["fedavg", "median"]})
+    cells = without(rows, rows["seed"] == 0)
+    assert missing_line(cells) == ""
+    assert "no result" not in markdown(cells)
+    assert "seeds" not in markdown(cells)
+
+
+def test_a_cell_that_diverged_in_part_and_failed_in_part_is_both(make_rows, without):
+    rows = make_rows({"aggregator": ["fedavg", "median"]})
+    own = rows["aggregator"] == "median"
+    rows.loc[own, "outcome"] = "diverged"
+    rows.loc[own, "mean_test_acc"] = np.nan
+    _, fields = fields_of(markdown(ordered(without(rows, own & (rows["seed"] == 3)))))
+    assert fields[1][1] == "diverged"
+    assert fields[1][-3:] == ["0 of 3", "2", "1 failed"]
+
+
+def test_many_gaps_are_told_in_few_words(make_rows, without):
+    grid = {"alpha": [0.1, 1.0, 10.0], "width_factor": [4, 8], "depth": [1, 2], "poison_ratio": [0.0, 0.3]}
+    rows = make_rows(grid, seeds=(1,))
+    lost = (rows["alpha"] == 0.1) | ((rows["width_factor"] == 8) & (rows["depth"] == 2))
+    assert missing_line(without(rows, lost)) == (
+        "12 of 24 runs have no result (12 failed): all with alpha 0.1; all with width_factor 8, depth 2. "
+        "`fedsweep failures` says why."
+    )
+    checkered = (rows["alpha"] > 1) != (rows["width_factor"] > 4)
+    assert "; and " not in missing_line(without(rows, checkered))
+    single = rows.index.isin([0, 5, 10, 15, 17, 23])
+    assert missing_line(without(rows, single)).endswith("; and 2 more. `fedsweep failures` says why.")
+
+
+def test_where_all_failed_there_is_nothing_to_tell_apart(make_rows, without):
+    rows = make_rows({"aggregator": ["fedavg", "median"]}, seeds=(1,))
+    cells = without(rows, rows["seed"] == 1)
+    assert missing_line(cells) == "2 of 2 runs have no result (2 failed). `fedsweep failures` says why."
+    assert [row[:2] for row in fields_of(markdown(ordered(cells)))[1]] == [["fedavg", "—"], ["median", "—"]]
+
+
+def test_rows_alone_tell_of_fewer_seeds_and_of_combinations_that_are_not_there(make_rows):
+    rows = make_rows({"aggregator": ["fedavg", "median"], "poison_ratio": [0.0, 0.3]})
+    assert missing_line(cells_of(rows)) == ""
+    assert missing_line(cells_of(rows.iloc[:-1])) == "1 of 4 cells has fewer than 3 seeds."
+    assert missing_line(cells_of(rows.iloc[:-3])) == (
+        "1 of 4 combinations of values has no row: poison_ratio 0.3, aggregator median."
+    )
+
+
+def test_hidden_rows_that_are_in_no_file_are_counted_apart(make_rows, without):
+    from pathlib import Path
+
+    rows = make_rows({"width_factor": list(range(1, 51))}, seeds=(1,))
+    cells = without(rows, rows["width_factor"] > 47)
+    text = shown(Report((FolderReport(Path("out"), summarise(rows), cells, ()),)))
+    assert "… and 7 more rows in out/summary.csv; 3 more without a result" in text
+
+
+def test_json_has_what_has_no_result_beside_the_cells(no_alpha, small):
+    from pathlib import Path
+
+    [folder] = as_records(Report((FolderReport(Path("out"), summarise(small), no_alpha, ()),)))["folders"]
+    assert len(folder["cells"]) == 2
+    keys = ("alpha", "poison_ratio", "n_seeds", "n_failed", "n_cancelled", "n_unfinished")
+    assert [tuple(cell[key] for key in keys) for cell in folder["without_result"]] == [
+        (100, 0.3, 2, 1, 0, 0),
+        (0.1, 0, 0, 3, 0, 0),
+        (0.1, 0.3, 0, 3, 0, 0),
+    ]
+    assert as_records(report_of(small))["folders"][0]["without_result"] is None
+
+
+def test_what_stands_behind_a_plus_minus_is_said_if_there_is_one(small):
+    assert spread_line(cells_of(small)) == (
+        "a ± b: mean and standard deviation over 3 seeds; 95 % CI: half width of the interval of that mean"
+    )
+    assert spread_line(cells_of(small[small["seed"] == 1])) == ""
+
+
+def test_gaps_keep_the_types_of_the_columns(make_rows, without):
+    rows = make_rows({"poison_label": [3, None], "width_factor": [4, 8]})
+    rows["poison_label"] = rows["poison_label"].astype("Int64")
+    cells = without(rows, rows["poison_label"].isna())
+    assert cells["width_factor"].dtype == "int64"
+    assert [row[:2] for row in fields_of(markdown(ordered(cells)))[1]] == [
+        ["4", "none"], ["4", "3"], ["8", "none"], ["8", "3"],
+    ]  # fmt: skip
+
+
+def test_a_row_that_came_after_the_ledger_was_read_is_no_gap(make_rows):
+    rows = make_rows({"aggregator": ["fedavg", "median"]})
+    names = [*parameters(rows), "seed"]
+    gaps = [
+        Gap(phase="attack", values={name: row[name] for name in names}, reason="unfinished")
+        for row in rows.to_dict("records")
+    ]
+    cells = with_gaps(summarise(rows[:4]), rows[:4], gaps)
+    assert missing_line(cells) == "2 of 6 runs have no result (2 not finished): 2 of 3 with aggregator median."
