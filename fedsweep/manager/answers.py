@@ -129,7 +129,7 @@ def _show_task(sweep: OpenSweep, request: ShowTask, legacy: bool) -> dict[str, A
 
 
 def _failures(sweep: OpenSweep, request: Failures, legacy: bool) -> dict[str, Any]:
-    return {"type": "failures", **sweep.failures()}
+    return {"type": "failures", **sweep.failures(earlier=request.earlier)}
 
 
 def _retry(sweep: OpenSweep, request: Retry, legacy: bool) -> dict[str, Any]:

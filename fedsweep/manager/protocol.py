@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     Strict,
+    StrictBool,
     StrictInt,
     StrictStr,
     ValidationError,
@@ -437,6 +438,7 @@ class Failures(_Request):
     """Somebody asks what failed and why."""
 
     type: Literal["failures"]
+    earlier: StrictBool = False
 
 
 class Retry(_Request):

@@ -320,18 +320,29 @@ class OpenSweep:
         with self.lock:
             return self.task_message(self.ledger.view.task(task_id))
 
-    def failures(self) -> dict[str, Any]:
-        """What failed and why, as `fedsweep failures --json` has it, as far as it fits into one message."""
+    def failures(self, *, earlier: bool = False) -> dict[str, Any]:
+        """What failed and why, as `fedsweep failures --json` has it, as far as it fits into one message.
+
+        Of the present tasks, or of those of an `earlier` configuration, which are not run any more.
+        """
         with self.lock:
-            groups = [group.as_dict() for group in self.ledger.failures.groups()]
+            groups = [group.as_dict() for group in self.ledger.failures.groups(orphaned=earlier)]
             set_aside = [each.as_dict() for each in self.fleet.set_aside]
+            left_behind = self.ledger.failures.earlier()
+            hands_out = self.hands_out
         room, fitting = MAX_MESSAGE - ENVELOPE - len(encode({"set_aside": set_aside})), 0
         for group in groups[:MAX_GROUPS]:
             room -= len(encode(group))
             if room < 0:
                 break
             fitting += 1
-        return {"groups": groups[:fitting], "left_out": len(groups) - fitting, "set_aside": set_aside}
+        return {
+            "groups": groups[:fitting],
+            "left_out": len(groups) - fitting,
+            "set_aside": set_aside,
+            "earlier": left_behind,
+            "hands_out": hands_out,
+        }
 
     def retry(self, names: Sequence[str] = ()) -> dict[str, int]:
         """Let failed tasks wait again: all but the cancelled ones, or those of these tasks, phases and groups.

@@ -385,6 +385,7 @@ TAKES = {
     "result_data": "an object",
     "worker_type": "'gpu' or 'cpu'",
     "outcome": "'ok' or 'diverged'",
+    "earlier": "true or false",
 }
 SUFFICIENT: dict[str, dict[str, Any]] = {  # each request with what it must have, and nothing else
     **{kind: {} for kind in ("status", "failures", "retry", "drain", "stop")},
