@@ -38,7 +38,7 @@ class TaskReply:
     kind: Literal["task", "wait", "done", "set_aside", "unreachable"]
     tasks: tuple[TaskMessage, ...] = ()  # with `task`: one or more, which may be trained together
     retry_after: float = 0.0  # with `wait`: seconds
-    message: str = ""  # why there is no task, where the manager says so
+    message: str = ""  # why there is no task, where the manager says so or does not answer
 
     @property
     def task(self) -> TaskMessage | None:
@@ -267,13 +267,11 @@ def request_task_from_manager(
     try:
         reply = client.ask(message)
     except ManagerUnreachable as error:
-        log.warning("%s", error)
-        return TaskReply("unreachable")
+        return TaskReply("unreachable", message=str(error))
     except ProtocolError as error:
         if error.code not in PASSING:
             raise
-        log.warning("the manager has no task for us now: %s", error)
-        return TaskReply("unreachable")
+        return TaskReply("unreachable", message=f"no manager has a task for us: {error}")
     if reply.get("type") == "task":
         try:
             given = reply["tasks"] if reply.get("tasks") else [reply["task"]]
