@@ -355,6 +355,17 @@ def release_task(client: ManagerClient, task_id: str, worker_id: str, attempt: i
     return _notify(client, {"type": "release", "task_id": task_id, "worker_id": worker_id}, attempt)
 
 
+def leave_manager(client: ManagerClient, worker_id: str) -> None:
+    """Say that this worker ends, having heard that there is no more for it, so that the manager may end too.
+
+    Nothing depends on it: managers of old do not know the message, and one of ours ends without it a little later.
+    """
+    try:
+        client.ask({"type": "leave", "worker_id": worker_id})
+    except (ManagerUnreachable, ProtocolError) as error:
+        log.debug("leave: %s", error)
+
+
 def _notify(client: ManagerClient, message: dict[str, Any], attempt: int | None) -> bool:
     try:
         client.ask(_with_attempt(message, attempt))

@@ -17,7 +17,7 @@ from fedsweep.address import DEFAULT, known_address, parse_address
 from fedsweep.errors import Preempted, ProtocolError, UsageError
 from fedsweep.files import WORD_BYTES, read_plain
 from fedsweep.worker.absence import Absence
-from fedsweep.worker.client import ManagerClient, TaskReply
+from fedsweep.worker.client import ManagerClient, TaskReply, leave_manager
 from fedsweep.worker.cpus import available_cpus
 from fedsweep.worker.delivery import deliver_spool, give_back, last_words
 from fedsweep.worker.device import claim_device, device_name, prepare_torch
@@ -152,10 +152,17 @@ class _Loop:
                 self.stop.sleep(min(max(reply.retry_after, 0.0), LONGEST_WAIT_S))
             elif reply.kind == "set_aside":
                 log.error("the manager gives this worker no more tasks: %s", reply.message)
+                self._leave()
                 return 1
             else:
                 log.info("%s", reply.message or "all experiments are done")
+                self._leave()
                 return 0
+
+    def _leave(self) -> None:
+        """Tell the manager that the last answer was heard: without a word it must take it for lost."""
+        with last_words(self.client) as client:
+            leave_manager(client, self.station.worker_id)
 
     def _pause(self, reason: str) -> None:
         """Wait for a manager that is away, longer each time."""

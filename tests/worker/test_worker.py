@@ -66,7 +66,7 @@ def once_it_searches(caplog: pytest.LogCaptureFixture) -> Callable[[Callable[[],
 def test_tasks_are_run_until_all_is_done(make_manager, work, state_dir):
     manager = make_manager({"task_id": "a_0_1", "seed": 1}, {"task_id": "a_0_2", "seed": 2, "attempt": 8})
     assert work(manager, worker_id="worker-1") == 0
-    assert manager.types() == ["request_task", "submit_result"] * 2 + ["request_task"]
+    assert manager.types() == ["request_task", "submit_result"] * 2 + ["request_task", "leave"]
     assert [(each["task_id"], each["attempt"]) for each in manager.all("submit_result")] == [("a_0_1", 7), ("a_0_2", 8)]
     for task_id, seed in (("a_0_1", 1), ("a_0_2", 2)):
         result, history = run_single_experiment(SHORT, seed)
@@ -144,6 +144,13 @@ def test_a_manager_that_is_away_is_spoken_of_less_and_less_often(caplog):
     assert len(how_long) == 16
     assert back == "the manager answers, after 2 h"
     assert caplog.messages[len(caplog.messages) // 2 :] == [first, *more, back]
+
+
+def test_a_manager_that_does_not_take_leave_holds_up_nobody(make_manager, work):
+    manager = make_manager()
+    manager.refusals = {"leave": ["unknown_type"]}
+    assert work(manager) == 0
+    assert manager.types() == ["request_task", "leave"]
 
 
 @pytest.mark.parametrize("code", ["retry_later", "internal", "too_many_connections"])
@@ -241,7 +248,7 @@ def test_a_manager_away_at_the_end_of_a_task_gets_the_result_later(make_manager,
     assert work(manager) == 0
     watcher.join()
     kinds = [kind for kind in manager.types() if kind != "heartbeat"]
-    assert kinds == ["request_task", "submit_result", "request_task", "submit_result", "request_task"]
+    assert kinds == ["request_task", "submit_result", "request_task", "submit_result", "request_task", "leave"]
     assert list(manager.results) == ["a_0_1", "a_0_2"]
     assert spool.pending(state_dir / "spool") == []
 
@@ -251,7 +258,7 @@ def test_the_next_worker_delivers_what_another_computed(make_manager, work, stat
     spool.put(state_dir / "spool", "left_0_1", 3, result | {"history": history})
     manager = make_manager({"task_id": "a_0_1"})
     assert work(manager, worker_id="next") == 0
-    assert manager.types() == ["submit_result", "request_task", "submit_result", "request_task"]
+    assert manager.types() == ["submit_result", "request_task", "submit_result", "request_task", "leave"]
     first = manager.requests[0]
     assert (first["task_id"], first["attempt"], first["worker_id"]) == ("left_0_1", 3, "next")
     assert first["result_data"] == result | {"history": history}
@@ -269,7 +276,7 @@ def test_a_worker_that_waits_delivers_what_another_left(make_manager, work, stat
 
     manager.before = leave
     assert work(manager) == 0
-    assert manager.types() == ["request_task", "submit_result", "request_task"]
+    assert manager.types() == ["request_task", "submit_result", "request_task", "leave"]
 
 
 def test_a_result_that_is_refused_for_good_is_set_aside_and_the_worker_goes_on(make_manager, work, state_dir, caplog):
