@@ -269,6 +269,9 @@ def failures(
     token_file: TokenFile = None,
     insecure_plaintext: ClientPlaintext = False,
     state_dir: StateDir = Path(".fedsweep"),
+    earlier: Annotated[
+        bool, typer.Option("--earlier", help="Failures of an earlier configuration, which is not run any more.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what failed and why: failures of one cause together, and the command that repeats one of them.
@@ -280,8 +283,8 @@ def failures(
     from fedsweep.control import ask_failures, show_failures
 
     option = _state_option(manager, join, token_file, state_dir)
-    found = ask_failures(_sweep(state_dir, manager, join, token_file, insecure_plaintext), option)
-    show_failures(found, as_json=as_json, state_option=option)
+    found = ask_failures(_sweep(state_dir, manager, join, token_file, insecure_plaintext), option, earlier=earlier)
+    show_failures(found, as_json=as_json, state_option=option, earlier=earlier)
 
 
 @app.command()
@@ -302,11 +305,15 @@ def repeat(
     token_file: TokenFile = None,
     insecure_plaintext: ClientPlaintext = False,
     state_dir: StateDir = Path(".fedsweep"),
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the traceback also of an error that says what to do.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run one experiment of a sweep once more in this terminal, with its seed: its rounds, its result or traceback.
+    """Run one experiment of a sweep once more in this terminal, with its seed: its rounds, its result or its error.
 
-    Nothing is written, and the sweep hears nothing of it. Exit status: 0 if the experiment ended, 1 if it raised.
+    Nothing is written, and the sweep hears nothing of it. Numbers are cut to four places; `--json` has all their
+    digits. Exit status: 0 if the experiment ended, 1 if it raised.
     """
     if engine not in (None, "batched", "reference"):
         raise UsageError(f"--engine {engine}: expected batched or reference")
@@ -314,7 +321,8 @@ def repeat(
     found = sweep.ask({"type": "show_task", "task_id": task})["task"]
     from fedsweep.repeat import repeat as run_again
 
-    raise typer.Exit(run_again(found, device=device, data_dir=data_dir, engine=engine, as_json=as_json))
+    code = run_again(found, device=device, data_dir=data_dir, engine=engine, as_json=as_json, verbose=verbose)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from fedsweep.manager.sweep import OpenSweep
 from fedsweep.run import ask_manager
 
 SHOWN_LINES = 8  # of a traceback
+# What becomes of a task that has failed, but not for good.
+TRIED_NOW = "{} tried again"
+TRIED_LATER = "will be tried again when the sweep is started again"
+NOT_RUN = "will not be tried again"
 ASK_S = 60.0  # many tasks may change at once
 
 
@@ -82,6 +87,7 @@ class Sweep:
         if not (self.state_dir / LEDGER_FILE).exists():
             raise UsageError(f"{self.state_dir} holds no sweep; name another --state-dir, or a running --manager")
         sweep = OpenSweep(self.state_dir, threading.RLock(), Clock(), heartbeat_s=10.0, lease_s=120.0)
+        sweep.hands_out = False
         try:
             return answer(sweep, parse_request(message), legacy=False)
         finally:
@@ -91,55 +97,75 @@ class Sweep:
 # ---- failures
 
 
-def ask_failures(sweep: Sweep, state_option: str = "") -> dict[str, Any]:
+def ask_failures(sweep: Sweep, state_option: str = "", *, earlier: bool = False) -> dict[str, Any]:
     """What failed, in groups of one cause; each with the command that repeats one of its experiments.
 
-    `state_option` is what the command needs to find the same sweep.
+    `state_option` is what the command needs to find the same sweep; `earlier` asks for the tasks of an earlier
+    configuration instead of the present ones.
     """
-    answered = sweep.ask({"type": "failures"})
+    answered = sweep.ask({"type": "failures"} | ({"earlier": True} if earlier else {}))
     for group in answered["groups"]:
         group["repeat"] = f"fedsweep repeat {group['task_ids'][0]}{state_option}"
     return {name: value for name, value in answered.items() if name != "type"}
 
 
-def show_failures(failures: Mapping[str, Any], *, as_json: bool = False, state_option: str = "") -> None:
-    """Print failures for people, or as one JSON object."""
+def show_failures(
+    failures: Mapping[str, Any], *, as_json: bool = False, state_option: str = "", earlier: bool = False
+) -> None:
+    """Print failures, as `ask_failures` gave them for the same `earlier`, for people, or as one JSON object."""
     if as_json:
         print(json.dumps(failures))
         return
-    paragraphs = [_group_words(group, state_option) for group in failures["groups"]]
+    outlook = NOT_RUN if earlier else TRIED_NOW if failures.get("hands_out", True) else TRIED_LATER
+    paragraphs = [_group_words(group, state_option, outlook) for group in failures["groups"]]
     if failures["left_out"]:
         paragraphs.append(f"and {failures['left_out']} more causes, which failed fewer tasks")
+    if earlier:
+        print("\n\n".join(paragraphs) if paragraphs else "Nothing of an earlier configuration has failed.")
+        return
     paragraphs += [set_aside_words(worker) for worker in failures["set_aside"]]
-    print("\n\n".join(paragraphs) if paragraphs else "Nothing has failed.")
+    if not paragraphs:
+        paragraphs.append("Nothing has failed.")
+    if number := failures.get("earlier"):
+        paragraphs.append(
+            f"{_tasks(number)} of an earlier configuration had failed and will not be run: "
+            f"fedsweep failures --earlier{state_option}"
+        )
+    print("\n\n".join(paragraphs))
 
 
-def _group_words(group: Mapping[str, Any], state_option: str) -> str:
+def _group_words(group: Mapping[str, Any], state_option: str, outlook: str) -> str:
     lines = [f"{group['group']}  {group['cause']}"]
     if group["frame"]:
         lines.append(f"in {group['frame']}")
-    lines.append(_amounts(group))
+    lines.append(_amounts(group, outlook))
     if group["hosts"]:
         lines.append(f"on {', '.join(group['hosts'])}; workers {', '.join(group['workers'])}")
     if group["last_at"]:
-        lines.append(f"from {group['first_at']} to {group['last_at']}")
+        lines.append(_period(group["first_at"], group["last_at"]))
     more = group["failed"] + group["open"] - len(group["task_ids"])
     lines.append("tasks: " + ", ".join(group["task_ids"]) + (f" and {more} more" if more > 0 else ""))
     if group["group"] not in ("lost", "cancelled"):
         lines += ["  " + line for line in group["text"].splitlines()[-SHOWN_LINES:]]
     if group["group"] != "cancelled":
         lines.append(f"repeat one here:    {group['repeat']}")
-    if group["failed"]:
+    if group["failed"] and outlook != NOT_RUN:
         lines.append(f"run all of it again: fedsweep retry {group['group']}{state_option}")
     return "\n        ".join(lines)
 
 
-def _amounts(group: Mapping[str, Any]) -> str:
+def _period(first_at: str, last_at: str) -> str:
+    """When it happened, to the second."""
+    first, last = (datetime.fromisoformat(each).isoformat(timespec="seconds") for each in (first_at, last_at))
+    return f"at {first}" if first == last else f"from {first} to {last}"
+
+
+def _amounts(group: Mapping[str, Any], outlook: str) -> str:
     parts = []
     if group["failed"]:
         parts.append(f"{group['failed']} task{'s' * (group['failed'] != 1)} failed for good")
     if group["open"]:
-        parts.append(f"{group['open']} {'are' if group['open'] != 1 else 'is'} tried again")
+        parts.append(f"{group['open']} {outlook.format('are' if group['open'] != 1 else 'is')}")
     if group["group"] == "cancelled":
         return f"{group['failed']} task{'s' * (group['failed'] != 1)} will not be run"
     return f"{group['failures']} time{'s' * (group['failures'] != 1)}; " + ", ".join(parts)

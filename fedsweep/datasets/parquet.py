@@ -68,10 +68,9 @@ def _folder(path: str, bases: Sequence[Path]) -> Path:
     tried = [base / Path(path).expanduser() for base in bases]
     found = next((folder for folder in tried if folder.is_dir()), None)
     if found is None:
-        places = ", ".join(dict.fromkeys(map(str, tried)))
-        raise DataError(
-            f"{PARQUET_PREFIX}{path}: no such folder (looked for {places}); expected one with Parquet files"
-        )
+        places = [place for place in dict.fromkeys(map(str, tried)) if place != path]
+        looked = f" (looked for {', '.join(places)})" if places else ""
+        raise DataError(f"{PARQUET_PREFIX}{path}: no such folder{looked}; expected one with Parquet files")
     return found
 
 

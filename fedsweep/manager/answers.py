@@ -14,6 +14,7 @@ from fedsweep.manager.protocol import (
     Drain,
     Failures,
     Heartbeat,
+    Leave,
     Release,
     Request,
     RequestTask,
@@ -77,7 +78,7 @@ def _request_task(sweep: OpenSweep, request: RequestTask, legacy: bool) -> dict[
         request.worker_id, max_tasks=request.max_tasks, cohort=request.cohort, device=device, legacy=legacy
     )
     if not tasks:
-        return sweep.no_task(request.worker_id)
+        return sweep.no_task(request.worker_id, legacy=legacy)
     messages = [sweep.task_message(task) for task in tasks]
     return {"type": "task", "task": messages[0]} | ({"tasks": messages} if request.max_tasks > 1 else {})
 
@@ -120,6 +121,11 @@ def _heartbeat(sweep: OpenSweep, request: Heartbeat, legacy: bool) -> dict[str, 
     return {**answer, "stop": True} if sweep.ending == "stop" else answer
 
 
+def _leave(sweep: OpenSweep, request: Leave, legacy: bool) -> dict[str, Any]:
+    sweep.leave(request.worker_id)
+    return ACK
+
+
 def _status(sweep: OpenSweep, request: Status, legacy: bool) -> dict[str, Any]:
     return {"type": "status", "status": sweep.status()}
 
@@ -129,7 +135,7 @@ def _show_task(sweep: OpenSweep, request: ShowTask, legacy: bool) -> dict[str, A
 
 
 def _failures(sweep: OpenSweep, request: Failures, legacy: bool) -> dict[str, Any]:
-    return {"type": "failures", **sweep.failures()}
+    return {"type": "failures", **sweep.failures(earlier=request.earlier)}
 
 
 def _retry(sweep: OpenSweep, request: Retry, legacy: bool) -> dict[str, Any]:
@@ -152,6 +158,7 @@ ANSWERS: dict[type[Request], Callable[[OpenSweep, Any, bool], dict[str, Any]]] =
     TaskFailed: _task_failed,
     Release: _release,
     Heartbeat: _heartbeat,
+    Leave: _leave,
     Status: _status,
     ShowTask: _show_task,
     Failures: _failures,

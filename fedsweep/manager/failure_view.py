@@ -17,16 +17,16 @@ SELECT t.number AS task, t.task_id, t.position, t.status, a.number AS attempt, a
     iif(json_valid(a.error), json_extract(a.error, '$.host'), '') AS host,
     iif(json_valid(a.error), json_extract(a.error, '$.group'), group_of(a.error)) AS cause
 FROM attempts a JOIN tasks t ON t.number = a.task
-WHERE a.ended_as = 'failed' AND t.status != 'complete' AND t.orphaned = 0
+WHERE a.ended_as = 'failed' AND t.status != 'complete' AND t.orphaned = :orphaned
 UNION ALL
 SELECT t.number, t.task_id, t.position, t.status, a.number, a.worker, a.ended_at, '', '{LOST}'
 FROM tasks t INDEXED BY failed_tasks JOIN attempts a ON a.task = t.number AND a.ended_as = 'lost'
-WHERE t.status = 'failed' AND t.orphaned = 0 AND t.losses >= :max_losses
+WHERE t.status = 'failed' AND t.orphaned = :orphaned AND t.losses >= :max_losses
 UNION ALL
 SELECT number, task_id, position, status, NULL, NULL, NULL, '',
     iif(last_error = '{CANCELLED_ERROR.replace("'", "''")}', '{CANCELLED}', group_of(last_error))
 FROM tasks t INDEXED BY failed_tasks
-WHERE status = 'failed' AND orphaned = 0 AND (last_error = '{CANCELLED_ERROR.replace("'", "''")}'
+WHERE status = 'failed' AND orphaned = :orphaned AND (last_error = '{CANCELLED_ERROR.replace("'", "''")}'
     OR NOT EXISTS (SELECT 1 FROM attempts a WHERE a.task = t.number AND a.ended_as IN ('failed', 'lost')))
 """
 
@@ -39,10 +39,13 @@ class FailureView:
         self._max_losses = max_losses
         db.create_function("group_of", 1, group_of, deterministic=True)
 
-    def groups(self) -> list[Group]:
-        """Every cause of a failure of a task that has no result, those that failed the most tasks for good first."""
+    def groups(self, *, orphaned: bool = False) -> list[Group]:
+        """Every cause of a failure of a task that has no result, those that failed the most tasks for good first.
+
+        Of the present tasks, or of those that left the configuration.
+        """
         gathered: dict[str, list[sqlite3.Row]] = {}
-        for row in self._causes():
+        for row in self._causes(orphaned=orphaned):
             gathered.setdefault(row["cause"], []).append(row)
         groups = [self._group(name, rows) for name, rows in gathered.items()]
         return sorted(groups, key=lambda group: (group.group == CANCELLED, -group.failed, -group.failures))
@@ -50,6 +53,10 @@ class FailureView:
     def tasks_of(self, group: str) -> list[int]:
         """The tasks with a failure of this group."""
         return list(dict.fromkeys(row["task"] for row in self._causes() if row["cause"] == group))
+
+    def earlier(self) -> int:
+        """How many tasks that left the configuration have failed and have no result."""
+        return len({row["task"] for row in self._causes(orphaned=True)})
 
     def failed_by_themselves(self) -> list[int]:
         """The present tasks that failed, without the cancelled ones."""
@@ -61,15 +68,15 @@ class FailureView:
         query = "SELECT count(*) FROM tasks WHERE status = 'failed' AND orphaned = 0 AND last_error = ?"
         return int(self._db.execute(query, (CANCELLED_ERROR,)).fetchone()[0])
 
-    def _causes(self) -> Iterator[sqlite3.Row]:
+    def _causes(self, *, orphaned: bool = False) -> Iterator[sqlite3.Row]:
         query = f"SELECT * FROM ({_CAUSES}) ORDER BY status = 'failed' DESC, position, attempt"
-        return iter(self._db.execute(query, {"max_losses": self._max_losses}))
+        return iter(self._db.execute(query, {"max_losses": self._max_losses, "orphaned": int(orphaned)}))
 
     def _group(self, name: str, rows: Sequence[sqlite3.Row]) -> Group:
         failed = {row["task"] for row in rows if row["status"] == "failed"}
         times = sorted(row["at"] for row in rows if row["at"] is not None)
         attempts = [row for row in rows if row["attempt"] is not None]
-        failure = self._last_of(rows)
+        failure = self._example(rows)
         is_plain = name not in (LOST, CANCELLED)
         words = {LOST: f"lost: contact with its worker ended {self._max_losses} times", CANCELLED: "cancelled"}
         return Group(
@@ -87,15 +94,17 @@ class FailureView:
             text=failure.text,
         )
 
-    def _last_of(self, rows: Sequence[sqlite3.Row]) -> Failure:
-        attempts = [row["attempt"] for row in rows if row["attempt"] is not None]
+    def _example(self, rows: Sequence[sqlite3.Row]) -> Failure:
+        """What the first task of a group failed with last: that is the task which people will look at."""
+        task = rows[0]["task"]
+        attempts = [row["attempt"] for row in rows if row["task"] == task and row["attempt"] is not None]
         if attempts:
             found = self._db.execute("SELECT error FROM attempts WHERE number = ?", (max(attempts),)).fetchone()
             kept = found["error"]
         else:
             kept = None
         if kept is None:
-            kept = self._db.execute("SELECT last_error FROM tasks WHERE number = ?", (rows[0]["task"],)).fetchone()[0]
+            kept = self._db.execute("SELECT last_error FROM tasks WHERE number = ?", (task,)).fetchone()[0]
         return Failure.read(kept or "")
 
 

@@ -121,7 +121,7 @@ class Group:
     hosts: tuple[str, ...]
     first_at: str | None  # ISO 8601
     last_at: str | None
-    text: str  # of the last
+    text: str  # of the first of these tasks, the last time that it failed so
 
     def as_dict(self) -> dict[str, Any]:
         """The group as `fedsweep failures --json` has it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from fedsweep.manager.records import Task
 LIVE_S = 60.0  # a worker that was silent for longer takes part in no decision
 BROKEN_AFTER = 3  # strikes: failures of different tasks, each after another hand-out, without a success between them
 SET_ASIDE_S = 600.0
+HEARING_S = 2.0  # after an answer: a worker of ours that it did not reach has asked again by then
 REMEMBERED = 4096
 SHOWN_SET_ASIDE = 20  # the last of them
 # What follows from an experiment's parameters alone, so that no worker is to blame for it.
@@ -33,7 +35,7 @@ class Worker:
     failing: dict[str, int] = field(default_factory=dict)  # task -> hand-outs until it failed; since the last success
     unforgiven: list[int] = field(default_factory=list)  # attempts that failed since then
     failed_at: float = 0.0  # monotonic
-    was_told_done: bool = False
+    knows_at: float = math.inf  # monotonic: from when on it is taken to know that there is no more for it
 
     @property
     def is_doubtful(self) -> bool:
@@ -71,6 +73,12 @@ class Fleet:
             del self._workers[next(iter(self._workers))]
         return worker
 
+    def asks(self, worker_id: str, device: str | None = None) -> Worker:
+        """Note that a worker asks for work: it does not know of an end."""
+        worker = self.see(worker_id, device)
+        worker.knows_at = math.inf
+        return worker
+
     def live(self) -> list[Worker]:
         """The workers heard of within the last minute."""
         oldest = self._clock.monotonic() - LIVE_S
@@ -92,6 +100,7 @@ class Fleet:
         """Note a result."""
         worker = self.see(worker_id)
         worker.completed += 1
+        worker.knows_at = math.inf  # it was told while it trained, and will ask again
         worker.failing.clear()
         worker.unforgiven.clear()
         self._drop(worker, task_id)
@@ -100,6 +109,7 @@ class Fleet:
         """Note a failure; the attempts to be forgiven because this worker, and not its tasks, must be broken."""
         worker = self.see(worker_id)
         worker.failed += 1
+        worker.knows_at = math.inf
         self._drop(worker, task_id)
         if failure.exception in BLAMELESS:
             return []
@@ -142,6 +152,19 @@ class Fleet:
             return False
         return any(not other.is_doubtful for other in self.live() if other is not worker)
 
-    def all_told_done(self) -> bool:
-        """Whether every live worker knows that nothing is left."""
-        return all(worker.was_told_done for worker in self.live())
+    def told(self, worker: Worker, *, asks_again: bool = True) -> None:
+        """Note that an answer says that there is no more for a worker.
+
+        The answer may be lost on its way. A worker that `asks_again` when it hears nothing does so within `HEARING_S`.
+        """
+        worker.knows_at = self._clock.monotonic() + (HEARING_S if asks_again else 0.0)
+
+    def left(self, worker_id: str) -> None:
+        """Note that a worker has heard that there is no more for it, and ends."""
+        if worker := self._workers.get(worker_id):
+            worker.knows_at = self._clock.monotonic()
+
+    def all_know(self) -> bool:
+        """Whether every live worker knows that there is no more for it."""
+        now = self._clock.monotonic()
+        return all(worker.knows_at <= now for worker in self.live())

@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     Strict,
+    StrictBool,
     StrictInt,
     StrictStr,
     ValidationError,
@@ -398,6 +399,13 @@ class Release(_Request):
     attempt: Count | None = None
 
 
+class Leave(_Request):
+    """A worker ends, having heard that there is no more for it."""
+
+    type: Literal["leave"]
+    worker_id: Id
+
+
 class Status(_Request):
     """Somebody asks how the sweep is getting on."""
 
@@ -437,6 +445,7 @@ class Failures(_Request):
     """Somebody asks what failed and why."""
 
     type: Literal["failures"]
+    earlier: StrictBool = False
 
 
 class Retry(_Request):
@@ -465,7 +474,7 @@ class Stop(_Request):
     type: Literal["stop"]
 
 
-Work = RequestTask | SubmitResult | TaskComplete | TaskFailed | Release | Heartbeat
+Work = RequestTask | SubmitResult | TaskComplete | TaskFailed | Release | Heartbeat | Leave
 Control = ShowTask | Failures | Retry | Cancel | Drain | Stop  # what people ask by commands; old clients may not
 Request = Work | Status | Control
 
@@ -477,6 +486,7 @@ REQUESTS: dict[str, type[Request]] = {
     "release": Release,
     "status": Status,
     "heartbeat": Heartbeat,
+    "leave": Leave,
     "show_task": ShowTask,
     "failures": Failures,
     "retry": Retry,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -141,7 +142,7 @@ class OpenSweep:
         """
         with self.lock:
             self.take_back_stale()
-            worker = self.fleet.see(worker_id, device)
+            worker = self.fleet.asks(worker_id, device)
             if not self.hands_out or self.fleet.is_set_aside(worker):
                 return []
             tasks = self.ledger.hand_out(
@@ -198,7 +199,10 @@ class OpenSweep:
             dropped = [task.task_id for task in held if not self._renew(worker_id, task)]
             worker = self.fleet.see(worker_id, device)
             worker.tasks = tuple(task for task in held if task.task_id not in dropped)
-            worker.was_told_done = self.ending == "stop"
+            if self.ending == "stop":
+                self.fleet.told(worker, asks_again=False)  # while it holds tasks it is waited for anyway
+            elif held:
+                worker.knows_at = math.inf  # when these have ended, or it has dropped them, it asks again
             return dropped
 
     def _renew(self, worker_id: str, task: TaskProgress) -> bool:
@@ -281,10 +285,10 @@ class OpenSweep:
         with self.lock:
             self._reporter.look_at_pace(self.clock.monotonic())
 
-    def no_task(self, worker_id: str) -> dict[str, Any]:
+    def no_task(self, worker_id: str, *, legacy: bool = False) -> dict[str, Any]:
         """What a worker hears that gets no task: whether that is for good, and in words why.
 
-        One that is told that all is done, or to end, need not be waited for.
+        One that is told that all is done, or to end, need not be waited for once it has heard.
         """
         answer: dict[str, Any] = {"type": "no_task", "done": False, "retry_after": self.retry_after_s}
         with self.lock:
@@ -296,13 +300,19 @@ class OpenSweep:
             elif self.fleet.is_set_aside(worker):
                 why = next(each for each in self.fleet.set_aside if each.worker_id == worker_id)
                 answer |= {"set_aside": True, "message": SET_ASIDE.format(why.failures, why.reason)}
-            self._once_on_disk(partial(setattr, worker, "was_told_done", answer["done"] or "set_aside" in answer))
+            if answer["done"] or "set_aside" in answer:
+                self._once_on_disk(partial(self.fleet.told, worker, asks_again=not legacy))
         return answer
+
+    def leave(self, worker_id: str) -> None:
+        """Note that a worker ends, since it has heard that there is no more for it."""
+        with self.lock:
+            self.fleet.left(worker_id)
 
     def has_told_everyone(self) -> bool:
         """Whether every worker heard of lately knows that all is done."""
         with self.lock:
-            return self.fleet.all_told_done()
+            return self.fleet.all_know()
 
     @property
     def retry_after_s(self) -> float:
@@ -320,18 +330,29 @@ class OpenSweep:
         with self.lock:
             return self.task_message(self.ledger.view.task(task_id))
 
-    def failures(self) -> dict[str, Any]:
-        """What failed and why, as `fedsweep failures --json` has it, as far as it fits into one message."""
+    def failures(self, *, earlier: bool = False) -> dict[str, Any]:
+        """What failed and why, as `fedsweep failures --json` has it, as far as it fits into one message.
+
+        Of the present tasks, or of those of an `earlier` configuration, which are not run any more.
+        """
         with self.lock:
-            groups = [group.as_dict() for group in self.ledger.failures.groups()]
+            groups = [group.as_dict() for group in self.ledger.failures.groups(orphaned=earlier)]
             set_aside = [each.as_dict() for each in self.fleet.set_aside]
+            left_behind = self.ledger.failures.earlier()
+            hands_out = self.hands_out
         room, fitting = MAX_MESSAGE - ENVELOPE - len(encode({"set_aside": set_aside})), 0
         for group in groups[:MAX_GROUPS]:
             room -= len(encode(group))
             if room < 0:
                 break
             fitting += 1
-        return {"groups": groups[:fitting], "left_out": len(groups) - fitting, "set_aside": set_aside}
+        return {
+            "groups": groups[:fitting],
+            "left_out": len(groups) - fitting,
+            "set_aside": set_aside,
+            "earlier": left_behind,
+            "hands_out": hands_out,
+        }
 
     def retry(self, names: Sequence[str] = ()) -> dict[str, int]:
         """Let failed tasks wait again: all but the cancelled ones, or those of these tasks, phases and groups.

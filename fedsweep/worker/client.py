@@ -38,7 +38,7 @@ class TaskReply:
     kind: Literal["task", "wait", "done", "set_aside", "unreachable"]
     tasks: tuple[TaskMessage, ...] = ()  # with `task`: one or more, which may be trained together
     retry_after: float = 0.0  # with `wait`: seconds
-    message: str = ""  # why there is no task, where the manager says so
+    message: str = ""  # why there is no task, where the manager says so or does not answer
 
     @property
     def task(self) -> TaskMessage | None:
@@ -267,13 +267,11 @@ def request_task_from_manager(
     try:
         reply = client.ask(message)
     except ManagerUnreachable as error:
-        log.warning("%s", error)
-        return TaskReply("unreachable")
+        return TaskReply("unreachable", message=str(error))
     except ProtocolError as error:
         if error.code not in PASSING:
             raise
-        log.warning("the manager has no task for us now: %s", error)
-        return TaskReply("unreachable")
+        return TaskReply("unreachable", message=f"no manager has a task for us: {error}")
     if reply.get("type") == "task":
         try:
             given = reply["tasks"] if reply.get("tasks") else [reply["task"]]
@@ -355,6 +353,17 @@ def _sendable(text: str) -> str:
 def release_task(client: ManagerClient, task_id: str, worker_id: str, attempt: int | None = None) -> bool:
     """Give a task back without blame; whether the manager heard."""
     return _notify(client, {"type": "release", "task_id": task_id, "worker_id": worker_id}, attempt)
+
+
+def leave_manager(client: ManagerClient, worker_id: str) -> None:
+    """Say that this worker ends, having heard that there is no more for it, so that the manager may end too.
+
+    Nothing depends on it: managers of old do not know the message, and one of ours ends without it a little later.
+    """
+    try:
+        client.ask({"type": "leave", "worker_id": worker_id})
+    except (ManagerUnreachable, ProtocolError) as error:
+        log.debug("leave: %s", error)
 
 
 def _notify(client: ManagerClient, message: dict[str, Any], attempt: int | None) -> bool:

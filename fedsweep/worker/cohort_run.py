@@ -269,7 +269,10 @@ def run_cohort(station: Station, held: HeldTasks, key: str, tasks: Sequence[Task
         for task in tasks:
             held.fail(task.task_id, error)
         return []
-    log.info("%d experiments train together: %s, %s", len(tasks), key, trainer.plan)
+    if len(tasks) > 1:
+        log.info("%d experiments train together: %s, %s", len(tasks), key, trainer.plan)
+    elif not tasks[0].retry_count:  # of another try, only how it ends
+        log.info("one experiment trains alone: %s, %s", key, trainer.plan)
     run = CohortRun(station, held, key, data, trainer, room)
     try:
         run.run(tasks)

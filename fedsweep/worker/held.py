@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedsweep.errors import ProtocolError
+from fedsweep.manager.failures import Failure
 from fedsweep.manager.protocol import TaskMessage
 from fedsweep.plan.experiment import from_config
 from fedsweep.worker import spool
@@ -150,12 +151,21 @@ class HeldTasks:
             self.checkpoints.remove(signature)
 
     def _report_failure(self, task_id: str, error: Exception) -> None:
-        task, reason = self._tasks[task_id], reason_of(error)
-        log.warning("%s failed: %s", task_id, reason.splitlines()[-1])
+        task, reason, details = self._tasks[task_id], reason_of(error), details_of(error)
+        self._log_failure(task, Failure.of(reason, **details))
         self._end(task_id)
-        notify_task_failed(
-            self.station.client, task_id, self.station.worker_id, reason, task.attempt, details=details_of(error)
-        )
+        notify_task_failed(self.station.client, task_id, self.station.worker_id, reason, task.attempt, details=details)
+
+    def _log_failure(self, task: TaskMessage, failure: Failure) -> None:
+        """Say why a task failed: of each cause once in full, since thousands of tasks may fail for the same one."""
+        which = task.task_id + " failed" + (f" (try {task.retry_count + 1})" if task.retry_count else "")
+        first = self.station.causes.get(failure.group)
+        if first is None:
+            self.station.causes[failure.group] = task.task_id
+            log.warning("%s: %s", which, failure.text.splitlines()[-1])
+        else:
+            like = "before" if first == task.task_id else first
+            log.warning("%s: the same %s as %s", which, failure.exception, like)
 
     # ---- a manager that is away
 

@@ -28,6 +28,7 @@ class Station:
     checkpoint_dir: Path | None = None  # None: no checkpoints
     checkpoint_s: float = CHECKPOINT_S  # between two checkpoints of an experiment
     clock: Callable[[], float] = time.monotonic
+    causes: dict[str, str] = field(default_factory=dict)  # of failures: group -> the task that was told of in full
 
     @property
     def device_name(self) -> str:

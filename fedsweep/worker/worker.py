@@ -16,7 +16,8 @@ from typing import NoReturn
 from fedsweep.address import DEFAULT, known_address, parse_address
 from fedsweep.errors import Preempted, ProtocolError, UsageError
 from fedsweep.files import WORD_BYTES, read_plain
-from fedsweep.worker.client import ManagerClient, TaskReply
+from fedsweep.worker.absence import Absence
+from fedsweep.worker.client import ManagerClient, TaskReply, leave_manager
 from fedsweep.worker.cpus import available_cpus
 from fedsweep.worker.delivery import deliver_spool, give_back, last_words
 from fedsweep.worker.device import claim_device, device_name, prepare_torch
@@ -95,6 +96,7 @@ def worker_loop(
         Path(token_file or Path(state_dir) / "token"),
         give_up_at=time.monotonic() + patience_s,
         state_dir=Path(state_dir) if given is None else None,
+        absence=Absence(time.monotonic),
     )
     log.info("worker %s on %s asks %s", station.worker_id, device_name(claimed.torch_name), address.place)
     try:
@@ -114,6 +116,7 @@ class _Loop:
     station: Station
     token_file: Path
     give_up_at: float  # monotonic, while no manager has ever answered
+    absence: Absence
     has_answered: bool = False
     is_spool_due: bool = True  # whether to look for results that wait before asking
     pause_s: float = FIRST_PAUSE_S
@@ -137,8 +140,9 @@ class _Loop:
                 if not self.has_answered and time.monotonic() >= self.give_up_at:
                     log.error("no manager has ever answered at %s; giving up", self.client.address.place)
                     return 1
-                self._pause()
+                self._pause(reply.message)
                 continue
+            self.absence.end()
             self.has_answered, self.pause_s = True, FIRST_PAUSE_S
             if reply.tasks:
                 self.is_spool_due = not run_tasks(reply.tasks, self.station)
@@ -148,15 +152,22 @@ class _Loop:
                 self.stop.sleep(min(max(reply.retry_after, 0.0), LONGEST_WAIT_S))
             elif reply.kind == "set_aside":
                 log.error("the manager gives this worker no more tasks: %s", reply.message)
+                self._leave()
                 return 1
             else:
                 log.info("%s", reply.message or "all experiments are done")
+                self._leave()
                 return 0
 
-    def _pause(self) -> None:
+    def _leave(self) -> None:
+        """Tell the manager that the last answer was heard: without a word it must take it for lost."""
+        with last_words(self.client) as client:
+            leave_manager(client, self.station.worker_id)
+
+    def _pause(self, reason: str) -> None:
         """Wait for a manager that is away, longer each time."""
-        if self.pause_s == FIRST_PAUSE_S:
-            log.warning("no manager answers at %s; trying again until one does", self.client.address.place)
+        limit_s = None if self.has_answered else max(0.0, self.give_up_at - time.monotonic())
+        self.absence.note(reason or f"no manager answers at {self.client.address.place}", limit_s)
         self.is_spool_due = True
         self.stop.sleep(self.pause_s * (0.5 + random.random()))
         self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)

@@ -158,6 +158,12 @@ def test_no_such_folder(tmp_path):
     )
 
 
+def test_no_such_folder_under_a_whole_path_names_it_once(tmp_path):
+    with pytest.raises(DataError) as missing:
+        load_global_dataset(f"parquet:{tmp_path}/nowhere", tmp_path / "data")
+    assert str(missing.value) == f"parquet:{tmp_path}/nowhere: no such folder; expected one with Parquet files"
+
+
 def test_a_folder_one_too_high_is_told_the_right_one(folder, tmp_path):
     place = folder()
     with pytest.raises(

@@ -385,6 +385,7 @@ TAKES = {
     "result_data": "an object",
     "worker_type": "'gpu' or 'cpu'",
     "outcome": "'ok' or 'diverged'",
+    "earlier": "true or false",
 }
 SUFFICIENT: dict[str, dict[str, Any]] = {  # each request with what it must have, and nothing else
     **{kind: {} for kind in ("status", "failures", "retry", "drain", "stop")},
@@ -393,6 +394,7 @@ SUFFICIENT: dict[str, dict[str, Any]] = {  # each request with what it must have
     "submit_result": {"task_id": HELD, "worker_id": "w", "result_data": {"mean_test_acc": 0.5}},
     "task_failed": {"task_id": HELD, "worker_id": "w", "error": "ValueError: no"},
     "heartbeat": {"worker_id": "w"},
+    "leave": {"worker_id": "w"},
     "show_task": {"task_id": HELD},
     "cancel": {"names": [HELD]},
 }

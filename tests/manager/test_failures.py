@@ -98,6 +98,42 @@ def test_failures_of_open_and_failed_tasks_are_grouped(managers):
     assert (second["cause"], second["failed"], second["open"]) == ("KeyError: 'x'", 0, 1)
 
 
+def test_the_text_of_a_group_is_of_the_task_that_its_command_repeats(managers):
+    manager = managers(GRID)
+    fail(manager, take(manager), "ValueError: size 1")
+    failed = fail_for_good(manager, "ValueError: size 12")
+    fail(manager, take(manager, "v"), "ValueError: size 7", "v")
+    (group,) = ask(manager, "failures")["groups"]
+    assert (group["task_ids"][0], group["text"]) == (failed, "ValueError: size 12")
+
+
+def test_failures_of_an_earlier_configuration_are_counted_and_shown_when_asked_for(managers):
+    manager = managers(GRID)
+    failed = fail_for_good(manager, "ValueError: size 12")
+    open_task = take(manager)
+    fail(manager, open_task, "KeyError: 'x'")
+    assert ask(manager, "failures")["earlier"] == 0
+    manager.close()
+    manager = managers("r: {combinations: [{width_factor: [128]}]}")
+    present = ask(manager, "failures")
+    assert (present["groups"], present["earlier"]) == ([], 2)
+    earlier = ask(manager, "failures", earlier=True)["groups"]
+    assert [(group["task_ids"], group["failed"], group["open"]) for group in earlier] == [
+        ([failed], 1, 0),
+        ([open_task["task_id"]], 0, 1),
+    ]
+    with pytest.raises(ProtocolError, match="no group of failures"):
+        ask(manager, "retry", names=[earlier[0]["group"]])
+
+
+@pytest.mark.parametrize("how", ["drain", "stop"])
+def test_an_ended_sweep_says_that_nothing_is_handed_out(managers, how):
+    manager = managers(GRID)
+    assert ask(manager, "failures")["hands_out"]
+    ask(manager, how)
+    assert not ask(manager, "failures")["hands_out"]
+
+
 def test_a_retry_gives_a_fresh_budget_and_attempts_count_on(managers):
     manager = managers(GRID)
     failed = fail_for_good(manager)

@@ -15,7 +15,7 @@ import pytest
 from fedsweep.errors import ConfigError, ProtocolError, StateError, StateHeldError, UsageError
 from fedsweep.manager import ExperimentManager
 from fedsweep.manager.answers import ANSWERS
-from fedsweep.manager.fleet import SET_ASIDE_S
+from fedsweep.manager.fleet import HEARING_S, SET_ASIDE_S
 from fedsweep.manager.labels import label
 from fedsweep.manager.protocol import ERROR_CODES, MAX_MESSAGE, REQUESTS, TaskMessage, encode, parse_request
 from fedsweep.manager.status import brief
@@ -150,7 +150,7 @@ def test_several_tasks_go_out_together_where_asked_for(managers):
     assert len({task["attempt"] for task in answer["tasks"]}) == 3
 
 
-def test_wait_and_done_are_told_apart(managers, make_result):
+def test_wait_and_done_are_told_apart(managers, make_result, clock):
     manager = managers("p: {combinations: [{width_factor: [1]}]}")
     task = request(manager)
     wait = ask(manager, "request_task", worker_id="v")
@@ -159,6 +159,46 @@ def test_wait_and_done_are_told_apart(managers, make_result):
     assert ask(manager, "request_task", worker_id="v") == {"type": "no_task", "done": True, "retry_after": 5.0}
     assert not manager.sweep.has_told_everyone()
     assert ask(manager, "request_task", worker_id="w")["done"]
+    clock.advance(HEARING_S)
+    assert manager.sweep.has_told_everyone()
+
+
+def test_a_worker_that_was_told_is_waited_for_until_it_leaves_or_must_have_heard(managers, clock):
+    manager = managers("p: {combinations: [{width_factor: [1]}]}")
+    ask(manager, "cancel", names=["p"])
+    assert ask(manager, "request_task", worker_id="w")["done"]
+    assert not manager.sweep.has_told_everyone()
+    clock.advance(HEARING_S - 0.1)
+    assert ask(manager, "request_task", worker_id="w")["done"]  # the answer had been lost
+    clock.advance(HEARING_S - 0.1)
+    assert not manager.sweep.has_told_everyone()
+    assert ask(manager, "leave", worker_id="w") == {"type": "ack"}
+    assert manager.sweep.has_told_everyone()
+    assert ask(manager, "leave", worker_id="nobody") == {"type": "ack"}
+    assert ask(manager, "request_task", worker_id="old", legacy=True)["done"]
+    assert manager.sweep.has_told_everyone()  # such a client asks once
+
+
+@pytest.mark.parametrize("end", ["result", "failure", "cancel"])
+def test_a_worker_that_was_told_while_it_trains_is_told_again(managers, make_result, clock, end):
+    """It asks for more of a cohort when some have ended, and after a `drain` hears that there is none."""
+    manager = managers(ONE_COHORT)
+    first, second = request_many(manager, "w", max_tasks=2)
+    ask(manager, "drain")
+    submit(manager, make_result, first)
+    assert ask(manager, "request_task", worker_id="w", cohort=first["cohort"])["done"]
+    if end == "result":
+        submit(manager, make_result, second)
+    elif end == "failure":
+        manager.mark_failed(second["task_id"], "w", "ValueError: no", second["attempt"])
+    else:
+        ask(manager, "cancel", names=[second["task_id"]])
+        held = [{"task_id": second["task_id"], "attempt": second["attempt"]}]
+        assert ask(manager, "heartbeat", worker_id="w", tasks=held)["drop"] == [second["task_id"]]
+    clock.advance(HEARING_S)
+    assert not manager.sweep.has_told_everyone()
+    assert ask(manager, "request_task", worker_id="w")["done"]
+    clock.advance(HEARING_S)
     assert manager.sweep.has_told_everyone()
 
 
@@ -377,6 +417,7 @@ def test_more_of_the_same_is_told_apart_from_all_done(managers, make_result):
     for worker_id in "vwx":
         assert not manager.sweep.has_told_everyone()
         assert ask(manager, "request_task", worker_id=worker_id, max_tasks=2, cohort=wide["cohort"])["done"]
+        ask(manager, "leave", worker_id=worker_id)
     assert manager.sweep.has_told_everyone()
 
 

@@ -245,8 +245,8 @@ MUTANTS = (
         (
             Edit(
                 WORKER,
-                '"the manager gives this worker no more tasks: %s", reply.message)\n                return 1\n',
-                '"the manager gives this worker no more tasks: %s", reply.message)\n                return 0\n',
+                'no more tasks: %s", reply.message)\n                self._leave()\n                return 1\n',
+                'no more tasks: %s", reply.message)\n                self._leave()\n                return 0\n',
             ),
         ),
         (FAULTS, "-k", "set_aside"),

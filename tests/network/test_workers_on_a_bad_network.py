@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,6 +81,31 @@ def test_workers_bring_what_they_hold_when_the_line_is_back_after_a_long_time(be
         each.join(60)
     assert [each.status for each in started] == [0, 0, 0]
     assert in_spool() == []
+    assert here.judge() == []
+
+
+@pytest.mark.parametrize("fault", CUTS["answer"])
+def test_workers_hear_that_all_is_done_although_the_answer_is_lost(bench, workers, fault):
+    """The manager ends by itself, and no worker is left behind that would wait for another one for ever."""
+    here = bench(6, stay=False)
+    lost: Counter[str] = Counter()
+
+    def choose(request: bytes) -> Fault | None:
+        asked = json.loads(request)
+        if asked["type"] != "request_task" or not here.manager.check_all_complete() or lost[asked["worker_id"]] == 2:
+            return None
+        lost[asked["worker_id"]] += 1
+        return Fault(fault, 20)
+
+    here.network.choose = choose
+    Path("gate").touch()
+    started = workers(3, here)
+    for each in started:
+        each.join(30)
+    assert [each.status for each in started] == [0, 0, 0]
+    assert set(lost.values()) == {2}
+    here.thread.join(30)
+    assert not here.thread.is_alive()
     assert here.judge() == []
 
 

@@ -181,7 +181,7 @@ class FakeManager:
     def on_task_failed(self, message: Request) -> Request:
         return {"type": "ack"}
 
-    on_release = on_task_failed
+    on_release = on_leave = on_task_failed
 
     def types(self) -> list[str]:
         return [request["type"] for request in self.requests]

@@ -23,6 +23,7 @@ from fedsweep.fl.lanes import Trained
 from fedsweep.fl.loop import LoopTrainer
 from fedsweep.worker import cohort_run, gpu, run_single_experiment, spool, stopping, worker_loop
 from fedsweep.worker import held as held_module
+from fedsweep.worker.absence import Absence
 from fedsweep.worker.task_log import log_name
 
 TOKEN = "a-token"
@@ -65,7 +66,7 @@ def once_it_searches(caplog: pytest.LogCaptureFixture) -> Callable[[Callable[[],
 def test_tasks_are_run_until_all_is_done(make_manager, work, state_dir):
     manager = make_manager({"task_id": "a_0_1", "seed": 1}, {"task_id": "a_0_2", "seed": 2, "attempt": 8})
     assert work(manager, worker_id="worker-1") == 0
-    assert manager.types() == ["request_task", "submit_result"] * 2 + ["request_task"]
+    assert manager.types() == ["request_task", "submit_result"] * 2 + ["request_task", "leave"]
     assert [(each["task_id"], each["attempt"]) for each in manager.all("submit_result")] == [("a_0_1", 7), ("a_0_2", 8)]
     for task_id, seed in (("a_0_1", 1), ("a_0_2", 2)):
         result, history = run_single_experiment(SHORT, seed)
@@ -122,6 +123,34 @@ def test_a_manager_that_never_answers_is_given_up_in_the_end(make_manager, work,
     nobody.stop()
     assert work(nobody, patience_s=0.3) == 1
     assert f"no manager has ever answered at 127.0.0.1:{nobody.port}; giving up" in caplog.text
+
+
+def test_a_manager_that_is_away_is_spoken_of_less_and_less_often(caplog):
+    caplog.set_level("INFO")
+    now = [0.0]
+    absence = Absence(lambda: now[0])
+    for _ in range(2):
+        for now[0] in range(0, 7201, 5):
+            absence.note("no manager answers at h:1 (away)", 3600.0)
+        absence.end()
+    pid = os.getpid()
+    first, *more, back = caplog.messages[: len(caplog.messages) // 2]
+    assert first == (
+        "no manager answers at h:1 (away); trying again until one does, for 60 min at most "
+        f"(to end this worker: Ctrl-C, or kill {pid})"
+    )
+    how_long = [re.fullmatch(r"no manager .*, for (.+) now; still trying \(to end .*\)", line)[1] for line in more]
+    assert how_long[:9] == ["10 s", "30 s", "70 s", "2 min", "5 min", "10 min", "20 min", "30 min", "40 min"]
+    assert len(how_long) == 16
+    assert back == "the manager answers, after 2 h"
+    assert caplog.messages[len(caplog.messages) // 2 :] == [first, *more, back]
+
+
+def test_a_manager_that_does_not_take_leave_holds_up_nobody(make_manager, work):
+    manager = make_manager()
+    manager.refusals = {"leave": ["unknown_type"]}
+    assert work(manager) == 0
+    assert manager.types() == ["request_task", "leave"]
 
 
 @pytest.mark.parametrize("code", ["retry_later", "internal", "too_many_connections"])
@@ -219,7 +248,7 @@ def test_a_manager_away_at_the_end_of_a_task_gets_the_result_later(make_manager,
     assert work(manager) == 0
     watcher.join()
     kinds = [kind for kind in manager.types() if kind != "heartbeat"]
-    assert kinds == ["request_task", "submit_result", "request_task", "submit_result", "request_task"]
+    assert kinds == ["request_task", "submit_result", "request_task", "submit_result", "request_task", "leave"]
     assert list(manager.results) == ["a_0_1", "a_0_2"]
     assert spool.pending(state_dir / "spool") == []
 
@@ -229,7 +258,7 @@ def test_the_next_worker_delivers_what_another_computed(make_manager, work, stat
     spool.put(state_dir / "spool", "left_0_1", 3, result | {"history": history})
     manager = make_manager({"task_id": "a_0_1"})
     assert work(manager, worker_id="next") == 0
-    assert manager.types() == ["submit_result", "request_task", "submit_result", "request_task"]
+    assert manager.types() == ["submit_result", "request_task", "submit_result", "request_task", "leave"]
     first = manager.requests[0]
     assert (first["task_id"], first["attempt"], first["worker_id"]) == ("left_0_1", 3, "next")
     assert first["result_data"] == result | {"history": history}
@@ -247,7 +276,7 @@ def test_a_worker_that_waits_delivers_what_another_left(make_manager, work, stat
 
     manager.before = leave
     assert work(manager) == 0
-    assert manager.types() == ["request_task", "submit_result", "request_task"]
+    assert manager.types() == ["request_task", "submit_result", "request_task", "leave"]
 
 
 def test_a_result_that_is_refused_for_good_is_set_aside_and_the_worker_goes_on(make_manager, work, state_dir, caplog):
@@ -383,6 +412,23 @@ def test_the_log_of_an_experiment_tells_its_story_and_a_second_attempt_appends(m
     assert lines[5].startswith(f"result: ok, test accuracy {manager.results['a_0_1']['mean_test_acc']}, ")
     assert "Traceback" in text
     assert "PartitionError" in text
+
+
+def test_a_cause_is_told_in_full_once_and_reported_in_full_each_time(make_manager, work, caplog):
+    caplog.set_level("INFO")
+    too_many = [{"task_id": f"a_{number}_1", "config": SHORT | {"num_clients": 900 + number}} for number in range(2)]
+    again = too_many[0] | {"retry_count": 1}
+    other = {"task_id": "b_0_1", "config": SHORT | {"validation_split": 0.0001}}
+    manager = make_manager(*too_many, again, other)
+    assert work(manager) == 0
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said[0].startswith("a_0_1 failed: 1293 training samples are not enough")
+    assert said[1] == "a_1_1 failed: the same PartitionError as a_0_1"
+    assert said[2] == "a_0_1 failed (try 2): the same PartitionError as before"
+    assert said[3].startswith("b_0_1 failed: validation_split=0.0001 of 1437 samples")
+    assert sum("trains alone" in message for message in caplog.messages) == 3  # nothing of the second try
+    reported = [request["error"] for request in manager.all("task_failed")]
+    assert [re.search(r"num_clients=(\d+)", error)[1] for error in reported[:3]] == ["900", "901", "900"]
 
 
 def test_a_log_that_cannot_be_written_costs_no_result(make_manager, work, caplog):
