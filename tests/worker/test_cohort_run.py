@@ -213,7 +213,9 @@ def test_one_heartbeat_tells_of_all_and_a_dropped_task_leaves_the_others(make_ma
     both = [
         beat["tasks"] for beat in manager.all("heartbeat") if len(beat["tasks"]) == 3 and "round" in beat["tasks"][0]
     ]
-    assert all(beat[0]["round"] == beat[1]["round"] and "round" not in beat[2] for beat in both)
+    ahead = {beat[0]["round"] - beat[1].get("round", 0) for beat in both}
+    assert {0} <= ahead <= {0, 1}  # a beat may come between the two words of one round
+    assert all("round" not in beat[2] for beat in both)
     assert both[-1][0]["rounds"] == 100_000
     assert science(manager.results["b"]) == alone(given[1])
     assert set(manager.results) == {"b", "other"}
