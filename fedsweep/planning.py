@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from fedsweep.worker.probe import CohortEstimate, Estimate
 
 SHOWN = 20  # cohorts in the table
+NOT_TIMED = "not timed"
+PLANS = {  # in words, by how the names of plans begin
+    "native": "native xN: compiled kernels, N experiments at a time",
+    "stacked": "stacked: PyTorch operators, many experiments at a time",
+    "loop": "loop: plain PyTorch, one experiment after another",
+    "reference": "reference: the slow engine, as the configuration asks",
+    NOT_TIMED: "not timed: estimated from the most similar one",
+}
 
 
 @dataclass(frozen=True)
@@ -102,25 +110,35 @@ def show_plan(plan: Plan, *, as_json: bool = False) -> None:
         print(json.dumps(_as_json(plan)))
         return
     console = Console()
-    table = Table(box=None, header_style="bold")
-    table.add_column("phase")
-    for name in ("experiments", "duplicates", "complete"):
-        table.add_column(name, justify="right")
-    table.add_column("the same as in")
-    for name, phase in plan.phases.items():
-        same = ", ".join(
-            f"{'itself' if other == name else other} ({count})" for other, count in phase.duplicate_of.items()
-        )
-        table.add_row(name, str(phase.experiments), str(phase.duplicates), str(phase.complete), same)
-    table.add_row("all", str(plan.total), str(plan.duplicates), str(plan.complete), "", style="bold")
-    console.print(table)
+    console.print(_phase_table(plan))
     waiting = plan.unique - plan.complete
     console.print(f"\n{waiting} of {plan.unique} distinct experiments are still to be run.")
     if plan.estimate is not None:
+        for each in plan.estimate.missing:
+            words = (
+                f"Missing: {each.dataset}, for {each.experiments} of them; `fedsweep run` does not start without it."
+            )
+            console.print(words, style="bold red", markup=False, highlight=False)
+            console.print(each.reason, soft_wrap=True, markup=False, highlight=False)
         if plan.estimate.cohorts:
             console.print(_cohort_table(plan.estimate.cohorts))
         for line in _estimate_lines(plan.estimate):
             console.print(line)
+
+
+def _phase_table(plan: Plan) -> Table:
+    table = Table(box=None, header_style="bold")
+    table.add_column("phase")
+    for name in ("experiments", "duplicates", "complete"):
+        table.add_column(name, justify="right")
+    if plan.duplicates:
+        table.add_column("the same as in")
+    for name, phase in plan.phases.items():
+        same = (f"{'itself' if other == name else other} ({count})" for other, count in phase.duplicate_of.items())
+        counts = map(str, (phase.experiments, phase.duplicates, phase.complete))
+        table.add_row(name, *counts, *([", ".join(same)] if plan.duplicates else []))
+    table.add_row("all", *map(str, (plan.total, plan.duplicates, plan.complete)), style="bold")
+    return table
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:
@@ -133,7 +151,7 @@ def _cohort_table(cohorts: Sequence[CohortEstimate]) -> Table:
     for name in ("experiments", "plan", "seconds each", "memory"):
         table.add_column(name, justify="right")
     for each in cohorts[:SHOWN]:
-        plan, seconds = each.plan or "not timed", f"{each.seconds_per_experiment:.3g}"
+        plan, seconds = each.plan or NOT_TIMED, f"{each.seconds_per_experiment:.3g}"
         table.add_row(each.name, str(each.experiments), plan, seconds, _megabytes(each.memory_bytes))
     if len(cohorts) > SHOWN:
         table.add_row(f"and {len(cohorts) - SHOWN} more", str(sum(each.experiments for each in cohorts[SHOWN:])))
@@ -141,7 +159,7 @@ def _cohort_table(cohorts: Sequence[CohortEstimate]) -> Table:
 
 
 def _estimate_lines(estimate: Estimate) -> list[str]:
-    lines = []
+    lines = [f"({words})"] if (words := _plan_words(estimate.cohorts[:SHOWN])) else []
     if estimate.seconds is not None and estimate.experiments_per_hour is not None:
         where = f"one worker ({estimate.device}"
         where += f", {estimate.threads} thread{'s' * (estimate.threads > 1)})" if estimate.device == "cpu" else ")"
@@ -150,6 +168,12 @@ def _estimate_lines(estimate: Estimate) -> list[str]:
     if estimate.memory_bytes is not None:
         lines.append(f"A worker takes about {_megabytes(estimate.memory_bytes)} of memory.")
     return [*lines, *estimate.notes]
+
+
+def _plan_words(cohorts: Sequence[CohortEstimate]) -> str:
+    """What the names of these cohorts' plans mean."""
+    plans = {each.plan or NOT_TIMED for each in cohorts}
+    return "; ".join(words for name, words in PLANS.items() if any(plan.startswith(name) for plan in plans))
 
 
 def _megabytes(count: int) -> str:

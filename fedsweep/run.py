@@ -23,9 +23,10 @@ from fedsweep.files import read_word
 from fedsweep.launch.local import WRONG_USAGE, LocalSweep
 from fedsweep.manager import file_systems
 from fedsweep.manager.output_roots import check_output_dirs
+from fedsweep.manager.records import PlanChange
 from fedsweep.manager.results import finished_signatures
 from fedsweep.manager.sources import read_sources, split_arguments
-from fedsweep.manager.state_dir import STATUS_FILE
+from fedsweep.manager.state_dir import STATUS_FILE, refuse_if_held
 from fedsweep.manager.token import read_token
 from fedsweep.plan.config import parse
 from fedsweep.plan.grid import Grid, expand
@@ -66,6 +67,7 @@ def run_sweep(request: RunRequest) -> int:
     config = parse(read_sources(paths), overrides)
     grid = expand(config, request.max_tasks)
     check_output_dirs(config, grid, request.output_roots)
+    refuse_if_held(request.state_dir)
     say = _no_words if request.quiet or request.as_json else partial(Console().print, soft_wrap=True, highlight=False)
     say(_headline(grid))
     if words := file_systems.warning(request.state_dir):
@@ -85,32 +87,48 @@ def run_sweep(request: RunRequest) -> int:
         with _stop_signals():
             _watch(sweep, request, say)
     except KeyboardInterrupt:
-        return _say_stopped(request, say)
+        is_told = sweep.manager.returncode in (0, 1, INTERRUPTED)
+        return _say_stopped(_last_status(request.state_dir) if is_told else {}, request, say)
     code = sweep.manager.returncode
     if code == WRONG_USAGE:  # it said why in one line, as every command does
         raise UsageError(sweep.manager.log_tail(1).removeprefix("fedsweep: "))
     status = _last_status(request.state_dir)
     if code in (0, INTERRUPTED) and not status.get("done", code == 0):  # `fedsweep drain`, `stop`, a signal to it
-        return _say_stopped(request, say)
+        return _say_stopped(status, request, say)
     if code not in (0, 1):
         raise FedsweepError(f"the manager could not run the sweep:\n{sweep.manager.log_tail()}")
     _finish(grid, status, request, time.monotonic() - started_at, int(code))
     return int(code)
 
 
-def _say_stopped(request: RunRequest, say: Any) -> int:
+def _say_stopped(status: Mapping[str, Any], request: RunRequest, say: Callable[[str], object]) -> int:
+    how_far = ""
+    if status.keys() >= {"total", "complete", "failed"}:  # it may not have been written
+        failed = f", {status['failed']} failed" if status["failed"] else ""
+        how_far = f": {status['complete']} of {status['total']} experiments are complete{failed}"
     say(
-        f"Stopped. What has finished, and the rounds of what was running, are kept in {request.state_dir}; "
+        f"Stopped{how_far}. What has finished, and the rounds of what was running, are kept in {request.state_dir}; "
         "the same command goes on from there."
     )
     return INTERRUPTED
+
+
+def _stopping_words(status: Mapping[str, Any]) -> str:
+    """What is waited for after a first Ctrl-C, and what a second would do."""
+    count = status.get("assigned", 0)
+    running = f"{count} running experiment{'s' * (count != 1)} to be saved"
+    what = running if count else "the workers and the manager to end"
+    return (
+        f"Stopping: waiting some seconds for {what}. Ctrl-C again stops at once; results are kept then too, "
+        "and rounds up to the last checkpoint."
+    )
 
 
 def _no_words(*_: object) -> None:
     """Say nothing."""
 
 
-def _workers_and_device(request: RunRequest, say: Any) -> tuple[int, str]:
+def _workers_and_device(request: RunRequest, say: Callable[[str], object]) -> tuple[int, str]:
     """How many workers to start, and their device."""
     from fedsweep.worker.gpu import list_gpus
 
@@ -172,19 +190,31 @@ def _stop_signals() -> Iterator[None]:
 
 def _watch(sweep: LocalSweep, request: RunRequest, say: Callable[[str], object]) -> None:
     """Show the sweep until its manager ends."""
+    status: dict[str, Any] = {}
     try:
         sweep.start()
+        _say_what_is_not_run(_status_or_none(sweep, request.state_dir) or {}, say)
         if sweep.address.pin is not None:
             say(f"Workers elsewhere: fedsweep worker --token-file TOKEN --join '{sweep.address.for_others()}'")
         with choose(quiet=request.quiet, as_json=request.as_json) as display:
             while sweep.keep_alive():
-                if status := _status_or_none(sweep, request.state_dir):
+                if answered := _status_or_none(sweep, request.state_dir):
+                    status = answered
                     display.update(status)
                 time.sleep(POLL_S)
             if sweep.manager.returncode in (0, 1) and (last := _last_status(request.state_dir)):
                 display.update(last)
+    except KeyboardInterrupt:
+        say(_stopping_words(status))
+        raise
     finally:
         sweep.stop()
+
+
+def _say_what_is_not_run(status: Mapping[str, Any], say: Callable[[str], object]) -> None:
+    change = status.get("config_change")
+    if change and (words := PlanChange(**change).not_run):
+        say(f"{words}.")
 
 
 def _status_or_none(sweep: LocalSweep, state_dir: Path) -> dict[str, Any] | None:

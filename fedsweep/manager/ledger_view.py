@@ -96,6 +96,13 @@ class LedgerView:
         )
         return [(row["task_id"], row["last_error"] or "") for row in rows]
 
+    def failed_attempts(self) -> int:
+        """How many attempts failed of the present tasks that are tried again. Reads those and the open attempts."""
+        waiting = "FROM tasks INDEXED BY queue WHERE status = 'pending' AND orphaned = 0 AND alone = 1"
+        running = "FROM attempts a JOIN tasks t ON t.number = a.task WHERE a.ended_as IS NULL"
+        query = f"SELECT (SELECT total(failures) {waiting}) + (SELECT total(t.failures) {running})"
+        return int(self._db.execute(query).fetchone()[0])
+
     def phases(self) -> list[str]:
         """The phases of the present grid, in its order."""
         rows = self._db.execute("SELECT phase FROM cells WHERE active = 1 GROUP BY phase ORDER BY min(position)")

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import shlex
 import threading
 from collections.abc import Awaitable, Mapping, Sequence
 from datetime import timedelta
@@ -17,6 +18,7 @@ from fedsweep import __version__
 from fedsweep.errors import StateError, UsageError
 from fedsweep.manager import answers, file_systems, service
 from fedsweep.manager.clock import Clock
+from fedsweep.manager.columns import FILE_NAME
 from fedsweep.manager.failures import Failure
 from fedsweep.manager.fleet import LIVE_S
 from fedsweep.manager.gathering import CHANGING, Gathering
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 
 LEASE_HEARTBEATS = 12  # a task goes to another worker after this many heartbeats were missed
 ALL_COMPLETE, SOME_FAILED, INTERRUPTED = 0, 1, 130
+SHOWN_FOLDERS = 8
 ENDED_AS_ASKED = 0  # with tasks left: by SIGTERM, `drain` or `stop`
 
 
@@ -406,6 +409,7 @@ class ExperimentManager:
         with self.lock:
             self.sweep.projection.flush()
             counts = self.sweep.ledger.view.counts()
+            folders = self.sweep.ledger.view.output_dirs()
         if self.stops < 2:
             self.sweep.write_outputs()
         self.save_state()
@@ -413,10 +417,21 @@ class ExperimentManager:
             write_last_status(self.state_dir, self.get_status())
         except OSError as error:
             log.warning("%s: the last status could not be written: %s", self.state_dir, error)
-        log.info("%d complete, %d failed, %d left", counts.complete, counts.failed, counts.pending + counts.assigned)
+        left = counts.pending + counts.assigned
+        further = "; the same command goes on from there" if left else ""
+        log.info("%d complete, %d failed, %d left%s", counts.complete, counts.failed, left, further)
+        if counts.complete:
+            log.info(report_words([folder for folder, is_active in folders.items() if is_active]))
         if not counts.is_terminal:
             return ENDED_AS_ASKED if self.ended_as_asked or self.sweep.ending is not None else INTERRUPTED
         return SOME_FAILED if counts.failed else ALL_COMPLETE
+
+
+def report_words(folders: Sequence[str]) -> str:
+    """Where results are, and how to look at them."""
+    shown = shlex.join(folders[:SHOWN_FOLDERS])
+    more = f", and {len(folders) - SHOWN_FOLDERS} folders more" if len(folders) > SHOWN_FOLDERS else ""
+    return f"rows are in each folder's {FILE_NAME}; tables and plots: fedsweep report {shown}{more}"
 
 
 def _json_path(path: str | Path) -> Path:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,8 +48,10 @@ class StateLock:
         except BlockingIOError:
             holder = os.pread(self._descriptor, 1000, 0).decode(errors="replace").strip() or "another manager"
             os.close(self._descriptor)
+            option = "" if state_dir == Path(".fedsweep") else f" --state-dir {shlex.quote(str(state_dir))}"
             raise StateHeldError(
-                f"{state_dir} is in use by {holder}; stop that manager, or name another --state-dir"
+                f"{state_dir} is in use by {holder}; `fedsweep status{option}` shows its sweep, "
+                f"`fedsweep stop{option}` ends it; or name another --state-dir"
             ) from None
         except OSError as error:  # as on Lustre mounted without `flock`, or NFS without its lock service
             os.close(self._descriptor)
@@ -70,6 +73,17 @@ class StateLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def refuse_if_held(state_dir: Path) -> None:
+    """See whether a manager holds a state directory. Makes nothing, where there is none.
+
+    Raises:
+        StateHeldError: one does.
+        StateError: the directory cannot be used.
+    """
+    if os.path.lexists(state_dir / LOCK_FILE):
+        StateLock(state_dir).release()
 
 
 def write_address(state_dir: Path, address: Address) -> None:

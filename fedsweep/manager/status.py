@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedsweep.manager.failure_view import FailureView
@@ -12,6 +12,7 @@ from fedsweep.manager.fleet import Fleet, Worker
 from fedsweep.manager.labels import label
 from fedsweep.manager.ledger_view import LedgerView
 from fedsweep.manager.pace import Pace
+from fedsweep.manager.protocol import TaskProgress
 from fedsweep.manager.records import Counts, UnknownTask
 
 SHOWN_FAILURES = 20
@@ -30,7 +31,9 @@ class StatusReporter:
         self._labels: dict[str, tuple[str, str]] = {}
         self._costs: dict[str, float] = {}
         self._cancelled: tuple[Counts, int] = Counts(), 0  # what was counted when the counts were these
+        self._failed_attempts: tuple[Counts, int] | None = None  # the same of these
         self._seconds_left: float | None = None
+        self._paced_ending: str | None = None
 
     def status(self, lagging: Mapping[str, str], now: float, ending: str | None = None) -> dict[str, Any]:
         """The answer, see docs/protocol.md.
@@ -50,11 +53,12 @@ class StatusReporter:
             "failed": counts.failed,
             "progress": finished / counts.total if counts.total else 1.0,
             "cancelled": self._count_cancelled(counts),
+            "failed_attempts": self._count_failed_attempts(counts),
             "diverged": counts.diverged,
             "orphaned": counts.orphaned,
             "duplicates_dropped": int(self._view.meta("duplicates") or 0),
             "config_change": json.loads(self._view.meta("plan_change") or "null"),
-            "eta_s": self.look_at_pace(now),
+            "eta_s": self.look_at_pace(now, ending),
             "lagging": sorted(lagging),
             "failures": [{"task_id": task_id, "error": brief(error)} for task_id, error in self._failed(counts)],
             "workers": [self._worker(worker, now) for worker in self._fleet.live()],
@@ -67,33 +71,53 @@ class StatusReporter:
         return self._view.failed(SHOWN_FAILURES) if counts.failed else []
 
     def recount(self) -> None:
-        """Count the cancelled tasks anew: some were cancelled, or are no longer."""
+        """Count anew what the counts do not tell: tasks were cancelled or brought back, or an attempt failed."""
         self._cancelled = Counts(), 0
+        self._failed_attempts = None
 
     def _count_cancelled(self, counts: Counts) -> int:
         if counts != self._cancelled[0]:
             self._cancelled = counts, self._failures.cancelled() if counts.failed else 0
         return self._cancelled[1]
 
+    def _count_failed_attempts(self, counts: Counts) -> int:
+        """The attempts that failed of tasks that are tried again; looked up only where there may be some."""
+        known = self._failed_attempts
+        if known is None or (known[1] and counts != known[0]):
+            known = self._failed_attempts = counts, self._view.failed_attempts()
+        return known[1]
+
     # ---- the time that is left
 
-    def look_at_pace(self, now: float) -> float | None:
-        """The seconds that are left at the pace of late, None if that cannot be told; looked at now and then."""
-        if self.pace.is_due(now):
-            under_way, workers = self._under_way(), self._fleet.live()
-            self.pace.sample(now, under_way, is_idle=not workers)
-            left = self.pace.seconds_for(self._view.unfinished_cost(), now, under_way) if workers else None
-            self._seconds_left = left
+    def look_at_pace(self, now: float, ending: str | None = None) -> float | None:
+        """The seconds that are left at the pace of late, None if that cannot be told; looked at now and then.
+
+        Of a sweep that is drained it is the time of what still runs; one that is stopped ends as soon as it can.
+        """
+        if ending in ("stop", "signal"):
+            return None
+        if ending != self._paced_ending or self.pace.is_due(now):
+            self._paced_ending = ending
+            self._seconds_left = self._look(now, is_draining=ending == "drain")
         return self._seconds_left
 
-    def _under_way(self) -> float:
-        """The expected cost of the rounds that are done of the experiments that have not ended."""
-        return sum(
-            self._cost(task.task_id) * min(task.round / task.rounds, 1.0)
-            for worker in self._fleet.live()
-            for task in worker.tasks
-            if task.round and task.rounds
-        )
+    def _look(self, now: float, *, is_draining: bool) -> float | None:
+        workers = [worker for worker in self._fleet.live() if not self._fleet.is_set_aside(worker)]
+        costs, done = self._held(workers)
+        at_work = sum(bool(worker.tasks) for worker in workers)
+        self.pace.sample(now, sum(done), at_work, is_idle=not workers)
+        waiting = 0.0 if is_draining else max(self._view.unfinished_cost() - sum(costs), 0.0)
+        held = [cost - part for cost, part in zip(costs, done, strict=True)]
+        return self.pace.seconds_left(waiting, held)
+
+    def _held(self, workers: Sequence[Worker]) -> tuple[list[float], list[float]]:
+        """Of what each worker holds the expected cost, and that of the rounds that are done."""
+        costs, done = [], []
+        for worker in workers:
+            parts = [(self._cost(task.task_id), _part_done(task)) for task in worker.tasks]
+            costs.append(sum(cost for cost, _ in parts))
+            done.append(sum(cost * part for cost, part in parts))
+        return costs, done
 
     def _cost(self, task_id: str) -> float:
         """The expected cost of a task; looked up once."""
@@ -135,6 +159,10 @@ class StatusReporter:
                 return "", ""
             self._labels[task_id] = task.phase, label(task.config, self._view.varying(task.output_dir))
         return self._labels[task_id]
+
+
+def _part_done(task: TaskProgress) -> float:
+    return min(task.round / task.rounds, 1.0) if task.round and task.rounds else 0.0
 
 
 def brief(error: str) -> str:

@@ -252,6 +252,7 @@ class OpenSweep:
         return ended is not None
 
     def _has_failed(self, task_id: str, worker_id: str, attempt: int, failure: Failure) -> None:
+        self._reporter.recount()
         forgiven = self.fleet.failed(worker_id, task_id, attempt, failure)
         if forgiven:
             self.ledger.forgive(forgiven)
@@ -277,13 +278,17 @@ class OpenSweep:
     def status(self) -> dict[str, Any]:
         """How the sweep is getting on, see docs/protocol.md."""
         with self.lock:
-            ending = self.ending or (None if self.hands_out else "signal")
-            return self._reporter.status(self.projection.lagging, self.clock.monotonic(), ending)
+            return self._reporter.status(self.projection.lagging, self.clock.monotonic(), self._why_ending)
 
     def look_at_pace(self) -> None:
         """Note how far all is, from time to time, so that the time left can be told."""
         with self.lock:
-            self._reporter.look_at_pace(self.clock.monotonic())
+            self._reporter.look_at_pace(self.clock.monotonic(), self._why_ending)
+
+    @property
+    def _why_ending(self) -> str | None:
+        """Why nothing more is handed out, if so."""
+        return self.ending or (None if self.hands_out else "signal")
 
     def no_task(self, worker_id: str, *, legacy: bool = False) -> dict[str, Any]:
         """What a worker hears that gets no task: whether that is for good, and in words why.

@@ -116,6 +116,7 @@ class _JsonLines(_Silent):
 
     def update(self, status: Mapping[str, Any]) -> None:
         counts = {name: status[name] for name in ("total", "complete", "assigned", "pending", "failed")}
+        counts["failed_attempts"] = status.get("failed_attempts", 0)
         if counts != self.shown:
             line = {"event": "progress", **counts, "eta_s": status.get("eta_s")}
             print(json.dumps(line), file=self.stream, flush=True)
@@ -161,6 +162,8 @@ def _counts(status: Mapping[str, Any]) -> Text:
     text.append(f"failed {status['failed']}", "bold red" if status["failed"] else "")
     if status.get("cancelled"):
         text.append(f" ({status['cancelled']} cancelled)", "yellow")
+    if words := _tried_again(status):
+        text.append(f"\n{words}", "yellow")
     if ending := ENDINGS.get(status.get("ending") or ""):
         text.append(f"\n{ending}", "yellow")
     for worker in status.get("set_aside", ()):
@@ -201,7 +204,14 @@ def plain_line(status: Mapping[str, Any]) -> str:
     counts = (
         f"{_finished(status)}/{status['total']} done · complete {status['complete']} · running {status['assigned']}"
     )
-    return f"{counts} · pending {status['pending']} · failed {status['failed']}{_time_left(status, ' · time left ')}"
+    counts += f" · pending {status['pending']} · failed {status['failed']}"
+    words = " · ".join(filter(None, (counts, _tried_again(status))))
+    return f"{words}{_time_left(status, ' · time left ')}"
+
+
+def _tried_again(status: Mapping[str, Any]) -> str:
+    count = status.get("failed_attempts", 0)
+    return f"{count} attempt{'s' * (count != 1)} failed, tried again: fedsweep failures" if count else ""
 
 
 def _finished(status: Mapping[str, Any]) -> int:
@@ -209,8 +219,8 @@ def _finished(status: Mapping[str, Any]) -> int:
 
 
 def _time_left(status: Mapping[str, Any], prefix: str = "  time left ") -> str:
-    seconds = status.get("eta_s")
-    return f"{prefix}{duration(seconds)}" if seconds is not None and status["pending"] + status["assigned"] else ""
+    seconds = status.get("eta_s") or 0.0
+    return f"{prefix}{duration(seconds)}" if round(seconds) and status["pending"] + status["assigned"] else ""
 
 
 def duration(seconds: float) -> str:

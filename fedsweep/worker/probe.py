@@ -43,13 +43,23 @@ class CohortEstimate:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A data set that cannot be had, so that its experiments are not in the estimate."""
+
+    dataset: str
+    experiments: int
+    reason: str  # and what to do
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What experiments will cost on one worker, if none stops early."""
 
     seconds: float | None  # of all together; None where nothing could be timed
     device: str
     seconds_per_experiment: dict[str, float]  # the mean for each cohort, by its name
-    notes: tuple[str, ...]  # what was left out or not timed itself, and why
+    notes: tuple[str, ...]  # what was not timed itself
+    missing: tuple[Missing, ...] = ()
     experiments_per_hour: float | None = None
     memory_bytes: int | None = None  # of the worker, at its largest
     threads: int = 1
@@ -114,7 +124,7 @@ def probe(
     claimed = claim_device(device)
     try:
         prepare_torch()
-        data, notes = _load(experiments, data_dir, claimed.torch_name)
+        data, missing = _load(experiments, data_dir, claimed.torch_name)
         groups = _groups(experiments, engines or ["batched"] * len(experiments), data)
         costs, plans = _costs(groups, data, threads, budget_s)
         cohorts = tuple(
@@ -123,17 +133,19 @@ def probe(
         )
     finally:
         claimed.release()
+    notes: tuple[str, ...] = ()
     if len(plans) < len(groups):
-        notes.append(
+        notes = (
             f"{len(plans)} of {len(groups)} shapes were timed, in {budget_s:g} s; the others are estimated from them "
-            "by their arithmetic."
+            "by their arithmetic.",
         )
     seconds = sum(each.experiments * each.seconds_per_experiment for each in cohorts) if cohorts else None
     return Estimate(
         seconds=seconds,
         device=claimed.torch_name,
         seconds_per_experiment={each.name: each.seconds_per_experiment for each in cohorts},
-        notes=tuple(notes),
+        notes=notes,
+        missing=missing,
         experiments_per_hour=sum(each.experiments for each in cohorts) / seconds * 3600 if seconds else None,
         memory_bytes=_base_memory(data, claimed.torch_name) + max(each.memory_bytes for each in cohorts)
         if cohorts
@@ -145,16 +157,17 @@ def probe(
 
 def _load(
     experiments: Sequence[Experiment], data_dir: str | Path | None, device: str
-) -> tuple[dict[str, ImageData], list[str]]:
-    """The data sets that can be had, and a note for each that cannot."""
-    data, notes = {}, []
+) -> tuple[dict[str, ImageData], tuple[Missing, ...]]:
+    """The data sets that can be had, and those that cannot."""
+    data: dict[str, ImageData] = {}
+    missing: list[Missing] = []
     for name in dict.fromkeys(experiment.dataset for experiment in experiments):
         try:
             data[name] = load_global_dataset(name, data_dir).to(device)
         except DataError as error:
             count = sum(experiment.dataset == name for experiment in experiments)
-            notes.append(f"{count} experiments on {name} are not in the estimate: {error}")
-    return data, notes
+            missing.append(Missing(name, count, str(error)))
+    return data, tuple(missing)
 
 
 def _groups(

@@ -57,6 +57,9 @@ def test_drain_lets_workers_finish_what_they_hold_and_hands_out_nothing_more(sta
     assert fedsweep("drain").returncode == 0
     assert (worker.wait(90), manager.wait(30)) == (0, 0)
     assert len(read_rows(tmp_path / "out" / "final_results.csv")) == held
+    *_, counts, where = (tmp_path / "manager.log").read_text().splitlines()
+    assert counts.endswith(f" {held} complete, 0 failed, {4 - held} left; the same command goes on from there")
+    assert where.endswith(" rows are in each folder's final_results.csv; tables and plots: fedsweep report out")
     assert fedsweep("doctor").returncode == 0
 
 

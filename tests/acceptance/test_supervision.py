@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from fedsweep.launch import local
 from fedsweep.launch.local import Child
+from fedsweep.manager import ExperimentManager
 
 pytestmark = pytest.mark.acceptance
 
@@ -90,11 +92,28 @@ def test_a_second_sweep_on_the_same_state_says_who_holds_it(tmp_path, wait_until
     second = run(tmp_path)
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 2
-    assert f".fedsweep is in use by process {manager} on " in output
+    (line,) = output.splitlines()  # before anything else is said
+    assert line.startswith(f"fedsweep: .fedsweep is in use by process {manager} on ")
+    assert line.endswith("; `fedsweep status` shows its sweep, `fedsweep stop` ends it; or name another --state-dir")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from there" in output
+    waiting, stopped = output.splitlines()[-2:]
+    assert re.match(r"Stopping: waiting some seconds for .+\. Ctrl-C again stops at once; ", waiting)
+    assert stopped.startswith("Stopped: 0 of 20 experiments are complete. ")
+    assert stopped.endswith("; the same command goes on from there.")
+
+
+def test_a_second_study_in_the_same_folder_says_what_becomes_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first.yaml").write_text(SWEEP)
+    with ExperimentManager(["first.yaml"], overrides=["global_rounds=1"]) as first:
+        first.generate_all_tasks()
+    second = run(tmp_path, "global_rounds=2")
+    output, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, output
+    assert "20 experiments of an earlier configuration are kept, with all results, but not run." in output.splitlines()
+    assert "removed" not in (tmp_path / ".fedsweep" / "logs" / "manager.log").read_text()
 
 
 def test_what_dies_at_once_again_and_again_is_given_up(tmp_path, monkeypatch):

@@ -242,21 +242,64 @@ def test_a_sweep_that_is_ended_tells_its_workers(managers, how):
     assert beat == {"type": "ack", "drop": []} | ({"stop": True} if how == "stop" else {})
 
 
-def test_the_time_left_counts_experiments_that_train_together_once(managers, make_result, clock):
-    manager = managers(f"p: {{combinations: [{{seed: {json.dumps(list(range(40)))}}}]}}")
-    tasks = ask(manager, "request_task", worker_id="w", max_tasks=20)["tasks"]
+def train_half(manager, clock, count):
+    """Take so many of forty equal tasks, and do five of their ten rounds, each in half a minute; them."""
+    tasks = ask(manager, "request_task", worker_id="w", max_tasks=count)["tasks"]
     manager.get_status()
     for round_number in range(1, 6):
-        clock.advance(10)
+        assert manager.get_status()["eta_s"] is None
+        clock.advance(30)
         held = [
             {"task_id": task["task_id"], "attempt": task["attempt"], "round": round_number, "rounds": 10}
             for task in tasks
         ]
         ask(manager, "heartbeat", worker_id="w", tasks=held)
-        left = manager.get_status()["eta_s"]
-    assert left == pytest.approx(150)  # 20 halves took 50 s; 20 halves and 20 wholes are left
-    clock.advance(50)
+    return tasks
+
+
+FORTY = f"p: {{combinations: [{{seed: {json.dumps(list(range(40)))}}}]}}"
+
+
+def test_the_time_left_counts_experiments_that_train_together_once(managers, make_result, clock):
+    manager = managers(FORTY)
+    tasks = train_half(manager, clock, 20)
+    # From the first round on, four rounds of 20 took 120 s; 20 halves and 20 wholes are left.
+    assert manager.get_status()["eta_s"] == pytest.approx(450)
+    clock.advance(150)
     for task in tasks:
         result = make_result(task, wall_time_s=100.0)
         ask(manager, "submit_result", task_id=task["task_id"], worker_id="w", result_data=result)
-    assert manager.get_status()["eta_s"] == pytest.approx(100)
+    assert manager.get_status()["eta_s"] == pytest.approx(300)
+
+
+@pytest.mark.parametrize(("how", "seconds"), [("drain", 150), ("stop", None)])
+def test_the_time_left_of_a_sweep_that_ends_is_that_of_what_still_runs(managers, clock, how, seconds):
+    manager = managers(FORTY)
+    train_half(manager, clock, 20)
+    assert manager.get_status()["eta_s"] == pytest.approx(450)
+    ask(manager, how)
+    manager.sweep.look_at_pace()  # as it does all the time while it serves
+    assert manager.get_status()["eta_s"] == pytest.approx(seconds)
+
+
+def test_attempts_that_failed_are_counted_while_their_tasks_are_tried_again(managers, make_result):
+    manager = managers("p: {combinations: [{seed: [1, 2, 3]}]}")
+    count = lambda: manager.get_status()["failed_attempts"]  # noqa: E731
+    assert count() == 0
+    tasks = [take(manager), take(manager)]
+    for task in tasks:
+        fail(manager, task, "PartitionError: no")
+    assert count() == 2
+    assert (manager.get_status()["failed"], manager.get_status()["failures"]) == (0, [])
+    take(manager)  # the third of them
+    again = take(manager)
+    assert count() == 2, "under way again, and yet failed once"
+    fail(manager, again, "PartitionError: no")
+    assert count() == 3
+    fail_for_good(manager, "PartitionError: no")
+    other = take(manager)
+    assert count() == manager.tasks[other["task_id"]]["retry_count"] > 0, "what failed for good is told elsewhere"
+    ask(manager, "submit_result", task_id=other["task_id"], worker_id="host-7-a3f0c1", result_data=make_result(other))
+    assert count() == 0
+    ask(manager, "retry", names=[])
+    assert count() == 0

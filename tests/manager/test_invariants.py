@@ -398,7 +398,9 @@ def test_a_folder_that_left_the_grid_and_was_removed_is_no_violation(managers, s
 
 def test_what_a_manager_holds_is_left_alone_and_its_holder_named(managers, sound):
     managers()
-    with pytest.raises(StateHeldError, match=rf"in use by process {os.getpid()} on {socket.gethostname()}; stop that"):
+    with pytest.raises(
+        StateHeldError, match=rf"in use by process {os.getpid()} on {socket.gethostname()}; `fedsweep status`"
+    ):
         examine(STATE, repair=True)
 
 

@@ -17,6 +17,7 @@ from fedsweep.manager import ExperimentManager
 from fedsweep.manager.answers import ANSWERS
 from fedsweep.manager.fleet import HEARING_S, SET_ASIDE_S
 from fedsweep.manager.labels import label
+from fedsweep.manager.manager import report_words
 from fedsweep.manager.protocol import ERROR_CODES, MAX_MESSAGE, REQUESTS, TaskMessage, encode, parse_request
 from fedsweep.manager.status import brief
 from fedsweep.manager.sweep import MAX_HAND_OUT
@@ -669,7 +670,8 @@ def test_status_tells_everything(managers, clock, make_result):
     clock.advance(2)
     status = manager.get_status()
     assert status["progress"] == 1 / 8
-    assert status["eta_s"] == pytest.approx(7 * 2 / 0.6)  # the last six of its ten rounds took two seconds
+    assert status["eta_s"] is None  # one result is no ground to say
+    assert status["failed_attempts"] == 1
     assert (status["workers"][0]["completed"], status["workers"][0]["failed"]) == (1, 1)
     assert status["workers"][0]["task_id"] is None
     request(manager, "host-2", worker_type="cpu")
@@ -716,6 +718,12 @@ def test_labels_say_what_varies(changes, varying, words):
     assert label({**config, **changes}, varying) == words
 
 
+def test_a_manager_names_the_folders_of_results_but_not_hundreds():
+    assert report_words(["out/a", "my out"]).endswith(": fedsweep report out/a 'my out'")
+    many = report_words([f"out/{number}" for number in range(100)])
+    assert many.endswith(" out/6 out/7, and 92 folders more")
+
+
 # ---- the state directory
 
 
@@ -730,8 +738,8 @@ def test_a_second_manager_ends_at_once_and_says_who_holds_the_state(managers, fo
     before = manager.get_status()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert done.stdout == (
-        f".fedsweep is in use by process {os.getpid()} on {socket.gethostname()}; stop that manager, or name another "
-        "--state-dir"
+        f".fedsweep is in use by process {os.getpid()} on {socket.gethostname()}; `fedsweep status` shows its sweep, "
+        "`fedsweep stop` ends it; or name another --state-dir"
     ), done.stderr
     assert manager.get_status() == before
 

@@ -128,8 +128,9 @@ def test_a_data_set_that_cannot_be_had_is_left_out_and_named(tmp_path):
     estimate = probe([TINY, missing, missing], tmp_path, "cpu")
     assert estimate.seconds is not None
     assert list(estimate.seconds_per_experiment) == ["digits lr w2 d0 batch 32, 2 clients, 1 epoch"]
-    (note,) = estimate.notes
-    assert note.startswith("2 experiments on parquet:nowhere are not in the estimate: ")
+    (lacking,) = estimate.missing
+    assert (lacking.dataset, lacking.experiments) == ("parquet:nowhere", 2)
+    assert "nowhere" in lacking.reason
     nothing = probe([missing], tmp_path, "cpu")
     assert nothing.seconds is nothing.experiments_per_hour is nothing.memory_bytes is None
 
