@@ -117,8 +117,9 @@ def unguard(field: str) -> str:
 def line(fields: Iterable[object]) -> bytes:
     """Fields as one line of CSV, without the line end.
 
-    Of a number the shortest decimals that give the same number again; nothing for None.
+    Of a number the shortest decimals that give the same number again; nothing for None. A carriage return in a field is
+    quoted, without which no reader takes it for a part of the field.
     """
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="").writerow(fields)
-    return buffer.getvalue().encode()
+    csv.writer(buffer, lineterminator="\r\n").writerow(fields)  # it quotes what stands in a line's end
+    return buffer.getvalue().removesuffix("\r\n").encode()

@@ -138,6 +138,15 @@ CONTENTS = {
     "a line break in a row of others": Bad(
         with_others(lambda row: row.replace(b"digits", b'"mn\nist"')), kept=b'first,"mn\nist"'
     ),
+    "a carriage return in a row of others": Bad(
+        with_others(lambda row: row.replace(b"digits", b"mnist").replace(b",mnist,", b',"mn\rist",')), others=1
+    ),
+    "the same, below a header that is made again": Bad(
+        lambda content: with_others(lambda row: row.replace(b"digits", b"mnist").replace(b",mnist,", b',"mn\rist",'))(
+            content
+        ).replace(b"phase", b'"phase"'),
+        others=1,
+    ),
     # not a results file at all
     "nothing": Bad(whole(b"")),
     "one byte": Bad(whole(b"p"), kept=b"p"),
