@@ -125,10 +125,12 @@ def ask(manager: ExperimentManager, kind: str, **fields: Any) -> dict[str, Any]:
 
 
 def work(manager: ExperimentManager, task: dict[str, Any], say: Say) -> None:
-    """Do a task as a worker does: checkpoints on the way, the result into the spool, then to the manager."""
+    """Do a task as a worker does: on from its checkpoint, then the result into the spool and to the manager."""
     checkpoints = Checkpoints(CHECKPOINTS)
     origin = Origin(task["signature"], "loop", "cpu", "1", "1")
-    for seconds in (1.0, 2.0):
+    found = checkpoints.find(origin)
+    before = 0.0 if found is None else found.seconds
+    for seconds in (before + 1.0, before + 2.0):
         if checkpoints.write(Checkpoint(origin, seconds, {"weights": torch.ones(2)})):
             say("checkpoint", task["signature"], seconds)
     result = conftest.result_of(task)

@@ -246,7 +246,10 @@ class Cursor:
         cursor = db.cursor()
         names: list[tuple[str, ...]] = []
         cursor.exec_trace = lambda cursor, *_: names.append(tuple(name for name, _ in cursor.get_description())) or True
-        found = cursor.execute(sql, tuple(parameters)).fetchall()
+        try:
+            found = cursor.execute(sql, tuple(parameters)).fetchall()
+        except (apsw.CorruptError, apsw.NotADBError) as error:
+            raise sqlite3.DatabaseError(str(error)) from error
         self._rows = iter([_row(names[-1], values) for values in found])
         self.rowcount = db.changes() if db.total_changes() != before else 0
         self.lastrowid = db.last_insert_rowid()
