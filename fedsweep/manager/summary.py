@@ -16,7 +16,7 @@ ATTACK = ("poison_ratio", "poison_type", "poison_level", "target_class", "poison
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """One row for each cell: the rows of `final_results.csv` (see `read_results`) over their seeds.
 
-    `mean_*` and `std_*` are the mean and the sample deviation (n - 1; 0.0 for one seed) of the rows' `mean_*`;
+    `mean_*` and `std_*` are the mean and the sample deviation (n - 1; empty for one seed) of the rows' `mean_*`;
     `ci95_test_acc` is the half width of the 95 % interval of the mean, t(0.975, n - 1) * std / sqrt(n) (Student 1908;
     empty for one seed); `accuracy_drop` is the mean of clean minus poisoned test accuracy over the seeds that have
     both. Diverged rows count in `n_diverged` and nowhere else.
@@ -56,8 +56,8 @@ def _diverged(rows: pd.DataFrame) -> pd.Series:
 
 
 def _deviation(grouped: pd.api.typing.SeriesGroupBy[Any, Any]) -> pd.Series:
-    """The sample deviation of each group; 0.0 where there is one value."""
-    return grouped.std(ddof=1).mask(grouped.count() == 1, 0.0)
+    """The sample deviation of each group; NaN where there is one value, which has none."""
+    return grouped.std(ddof=1)
 
 
 def _half_width(deviation: pd.Series, count: pd.Series) -> pd.Series:

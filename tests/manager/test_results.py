@@ -70,10 +70,10 @@ def test_two_seeds_have_the_interval_of_one_degree_of_freedom():
     assert row["ci95_test_acc"] == pytest.approx(12.706204736174694 * 0.1, abs=1e-9)
 
 
-def test_one_seed_has_no_interval():
+def test_one_seed_has_neither_deviation_nor_interval():
     (row,) = summarise(rows({"seed": 1, "mean_test_acc": 0.5})).to_dict("records")
-    assert (row["mean_test_acc"], row["std_test_acc"], row["n_seeds"]) == (0.5, 0.0, 1)
-    assert math.isnan(row["ci95_test_acc"])
+    assert (row["mean_test_acc"], row["n_seeds"]) == (0.5, 1)
+    assert all(math.isnan(row[name]) for name in ("std_test_acc", "ci95_test_acc", "accuracy_drop_std"))
 
 
 def test_accuracy_drop_is_paired_by_seed():
