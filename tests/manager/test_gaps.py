@@ -16,7 +16,7 @@ from fedsweep.manager.opening import reading
 from fedsweep.report import Report, report, words_without_results
 from fedsweep.report.coverage import coverage_note
 from fedsweep.report.labels import constants, varying
-from fedsweep.report.tables import as_records
+from fedsweep.report.tables import as_records, show_report
 
 STATE = Path(".fedsweep")
 ATTACK, CLEAN = Path("out/attack"), Path("out/clean")
@@ -198,6 +198,21 @@ def test_the_ledger_is_found_from_elsewhere(sweep, folder, monkeypatch):
         [made] = report([name], formats=()).folders
         assert made.note == ""
         assert len(made.cells) == 4
+
+
+def test_the_ledger_of_a_sweep_that_writes_where_it_lies_is_found(sweep, managers, folder, monkeypatch):
+    sweep.close()
+    managers(SWEEP.replace("out/{phase}", ".")).close()
+    monkeypatch.chdir(folder / "out")
+    assert report([".."], formats=()).folders[0].note == ""
+
+
+def test_where_the_present_grid_has_no_result_yet_all_its_cells_are_without_one(sweep, managers):
+    sweep.close()
+    managers(SWEEP.replace("num_clients: 2", "num_clients: 3")).close()
+    [made] = report([ATTACK], formats=("png",), state_dir=STATE).folders
+    assert (made.left_out, made.plots, len(made.summary), len(made.cells)) == (4, (), 0, 4)
+    show_report(Report((made,)))
 
 
 def test_a_ledger_above_is_not_of_a_copy_that_has_the_same_name_here(sweep, folder, monkeypatch):
