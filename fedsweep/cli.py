@@ -410,7 +410,16 @@ def report(
     directories: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Output folders, each with a final_results.csv.")
     ],
-    state_dir: StateDir = Path(".fedsweep"),
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the sweep's ledger; else `.fedsweep` here, else that of the nearest folder above DIR.",
+            show_default=False,
+        ),
+    ] = None,
+    every_row: Annotated[
+        bool, typer.Option("--all", help="Show rows of an earlier configuration too, which are else left out.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Draw the plots and print the summary of finished experiments.
@@ -420,7 +429,7 @@ def report(
     from fedsweep.report import report as make_report
     from fedsweep.report.tables import show_report
 
-    show_report(make_report(directories, state_dir=state_dir), as_json=as_json)
+    show_report(make_report(directories, state_dir=state_dir, every_row=every_row), as_json=as_json)
 
 
 @app.command()

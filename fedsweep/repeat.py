@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsweep.errors import FedsweepError
-from fedsweep.plan.experiment import defaults, is_scientific
+from fedsweep.plan.experiment import unusual
 from fedsweep.worker.device import claim_device, device_name
 from fedsweep.worker.result import Progress
 from fedsweep.worker.runner import run_single_experiment
@@ -74,9 +74,7 @@ def repeat(
 
 def _parameters(config: Mapping[str, Any]) -> str:
     """The experiment's parameters that are not as built in."""
-    usual = defaults()
-    names = [name for name in usual if is_scientific(name) and name != "seed"]
-    own = [f"{name} {config[name]}" for name in names if name in config and config[name] != usual[name]]
+    own = [f"{name} {value}" for name, value in unusual(config).items()]
     return ", ".join([*own, "all else by default"])
 
 

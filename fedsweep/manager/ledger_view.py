@@ -179,6 +179,20 @@ class LedgerView:
         for row in rows:
             yield row["phase"], from_json(row["spelled"]), row["status"], row["last_error"]
 
+    def cells_in(self, output_dirs: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any], bool]]:
+        """Every cell of these folders, those that are not in the present grid first.
+
+        Phase, signature, parameters as spelled there, and whether it is in the present grid.
+        """
+        marks = ", ".join("?" * len(output_dirs))
+        rows = self._db.execute(
+            "SELECT c.phase, t.signature, c.spelled, c.active FROM cells c JOIN tasks t ON t.number = c.task "
+            f"WHERE c.output_dir IN ({marks}) ORDER BY c.active, c.position",
+            tuple(output_dirs),
+        )
+        for row in rows:
+            yield row["phase"], row["signature"], from_json(row["spelled"]), bool(row["active"])
+
     def output_dirs(self) -> dict[str, bool]:
         """Every folder that has cells, and whether the present grid writes to it."""
         rows = self._db.execute("SELECT path, active FROM output_dirs ORDER BY path")

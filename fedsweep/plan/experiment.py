@@ -212,6 +212,13 @@ def is_scientific(name: str) -> bool:
     return name in Experiment.model_fields
 
 
+def unusual(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those parameters of an experiment that are not as built in; the seed is none of them."""
+    usual = defaults()
+    names = [name for name in usual if is_scientific(name) and name != "seed"]
+    return {name: values[name] for name in names if name in values and values[name] != usual[name]}
+
+
 def check_value(name: str, value: object) -> Any:
     """The value of parameter `name` in its own type.
 

@@ -14,7 +14,7 @@ from fedsweep.files import open_plain
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fedsweep.manager.gaps import Gap
+    from fedsweep.manager.gaps import FolderPlan, Gap
 
 __all__ = ["FolderReport", "Report", "has_results", "report", "words_without_results"]
 
@@ -24,10 +24,11 @@ class FolderReport:
     """What one output folder holds."""
 
     folder: Path
-    summary: pd.DataFrame  # one row for each cell, as in summary.csv
+    summary: pd.DataFrame  # one row for each cell of the present grid, as in summary.csv, with the settings of all
     cells: pd.DataFrame  # the same and the cells without any row, see `coverage.with_gaps`
     plots: tuple[Path, ...]
     note: str = ""  # why it is not known which results are missing, if it is not
+    left_out: int = 0  # rows of an earlier configuration that the tables and plots are without
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def report(
     out: str | Path | None = None,
     formats: Sequence[str] = ("png", "pdf"),
     state_dir: Path | None = None,
+    every_row: bool = False,
 ) -> Report:
     """Summarise and plot the results of output folders.
 
@@ -56,17 +58,23 @@ def report(
     folder, or below `out` if that is given (in a sub-folder for each where there are several). The same value has the
     same colour in all plots of a call.
 
-    Which cells should have results is looked up in the ledger in `state_dir`. Without it, only the rows are known.
+    Which cells should have results is looked up in the ledger in `state_dir`; if that is not given, in the first that
+    is of a sweep that writes there: `.fedsweep` in the current folder, then in the output folder and those above it.
+    Without a ledger, only the rows are known. With it, rows of an earlier configuration are left out of tables and
+    plots, unless `every_row`.
 
     Raises:
         UsageError: a folder has no results, or the plots cannot be written.
     """
     from fedsweep.manager.results import summarise
     from fedsweep.report.coverage import with_gaps
+    from fedsweep.report.present import planned_rows
 
     folders = list(dict.fromkeys(Path(folder) for folder in dirs))
-    gaps, notes = _gaps(folders, state_dir)
-    rows = {folder: _read(folder, gaps.get(folder)) for folder in folders}
+    plans, notes = _plans(folders, state_dir)
+    gaps = {folder: plan.gaps for folder, plan in plans.items()}
+    whole = {folder: _read(folder, gaps.get(folder)) for folder in folders}
+    rows = {folder: planned_rows(frame, plans.get(folder), every_row) for folder, frame in whole.items()}
     summaries = {folder: summarise(frame) for folder, frame in rows.items()}
     cells = {folder: with_gaps(summaries[folder], rows[folder], gaps.get(folder)) for folder in folders}
     for folder in folders:
@@ -77,7 +85,14 @@ def report(
     plots = _plot(rows, cells, places, formats)
     return Report(
         tuple(
-            FolderReport(folder, summaries[folder], cells[folder], plots[folder], notes.get(folder, ""))
+            FolderReport(
+                folder,
+                summaries[folder],
+                cells[folder],
+                plots[folder],
+                notes.get(folder, ""),
+                left_out=len(whole[folder]) - len(rows[folder]),
+            )
             for folder in folders
         )
     )
@@ -96,25 +111,53 @@ def has_results(folder: Path) -> bool:
 
 def words_without_results(folders: Sequence[Path], state_dir: Path) -> list[str]:
     """Of each of these folders, none of which has a row, that it has none and why, as far as the ledger knows."""
-    gaps, _ = _gaps(folders, state_dir)
-    return [_no_results(folder, gaps[folder]) for folder in folders if gaps.get(folder)]
+    plans, _ = _plans(folders, state_dir)
+    return [_no_results(folder, plans[folder].gaps) for folder in folders if folder in plans and plans[folder].gaps]
 
 
-def _gaps(folders: Sequence[Path], state_dir: Path | None) -> tuple[dict[Path, list[Gap]], dict[Path, str]]:
-    """What has no result in these folders, and for the others why that is not known."""
-    from fedsweep.manager.gaps import find_gaps
+def _plans(folders: Sequence[Path], state_dir: Path | None) -> tuple[dict[Path, FolderPlan], dict[Path, str]]:
+    """What the ledger knows of these folders, and of the others why nothing is known."""
+    plans: dict[Path, FolderPlan] = {}
+    notes: dict[Path, str] = {}
+    found: dict[Path, dict[Path, FolderPlan] | str] = {}  # by state directory
+    for folder in folders:
+        notes[folder] = _why_unknown(state_dir)
+        for place in _state_dirs(folder) if state_dir is None else [state_dir]:
+            if place not in found:
+                found[place] = _look_up(place, folders, is_beside=state_dir is None)
+            known = found[place]
+            if isinstance(known, str):
+                notes[folder] = known
+            elif folder in known:
+                plans[folder] = known[folder]
+                del notes[folder]
+                break
+    return plans, notes
+
+
+def _why_unknown(state_dir: Path | None) -> str:
+    where = "a .fedsweep here or above it" if state_dir is None else str(state_dir)
+    return f"no sweep in {where} writes there; --state-dir names that of the sweep"
+
+
+def _state_dirs(folder: Path) -> list[Path]:
+    """Where the ledger of the sweep that writes to a folder may lie, the likeliest first."""
+    name = ".fedsweep"
+    absolute = Path(os.path.abspath(folder))
+    return [Path(name), *(above / name for above in (absolute, *absolute.parents))]
+
+
+def _look_up(state_dir: Path, folders: Sequence[Path], *, is_beside: bool) -> dict[Path, FolderPlan] | str:
+    """The plans of those folders that this ledger knows, or why it cannot be read."""
+    from fedsweep.manager.gaps import find_plans
     from fedsweep.manager.state_dir import LEDGER_FILE
 
-    if state_dir is None:
-        return {}, {}
-    why = f"no sweep in {state_dir} writes there; --state-dir names that of the sweep"
-    gaps: dict[Path, list[Gap]] = {}
-    if (state_dir / LEDGER_FILE).exists():
-        try:
-            gaps = find_gaps(state_dir, folders)
-        except StateError as error:
-            why = str(error)
-    return gaps, {folder: why for folder in folders if folder not in gaps}
+    if not os.path.exists(state_dir / LEDGER_FILE):
+        return {}
+    try:
+        return find_plans(state_dir, folders, is_beside=is_beside)
+    except StateError as error:
+        return str(error)
 
 
 def _no_results(folder: Path, gaps: Sequence[Gap]) -> str:

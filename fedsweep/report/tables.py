@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedsweep.report.coverage import COUNTS, coverage_note, is_plan_known, lacking, reasons, runs
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from fedsweep.report import Report
+    from fedsweep.report import FolderReport, Report
 
 SHOWN_ROWS = 40
 DIVERGED = "diverged"
@@ -39,6 +39,8 @@ def show_report(report: Report, *, as_json: bool = False, console: Console | Non
         return
     console = console or Console()
     for folder in report.folders:
+        for line in _notes(folder):
+            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
         for phase, cells in by_phase(folder.cells):
             _show_phase(console, phase, cells, f"{folder.folder / 'summary.csv'}")
         if not len(folder.cells):
@@ -48,9 +50,16 @@ def show_report(report: Report, *, as_json: bool = False, console: Console | Non
         plots = f"; {len(folder.plots)} plots in {folder.plots[0].parent} ({kinds})" if folder.plots else ""
         line = f"{folder.folder}: rows in final_results.csv, over seeds in summary.csv{plots}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if folder.note:
-            line = f"{folder.folder}: which cells have no result is not known: {folder.note}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _notes(folder: FolderReport) -> Iterator[str]:
+    """What the tables of a folder do not show."""
+    if folder.note:
+        yield f"{folder.folder}: which cells have no result is not known: {folder.note}"
+    if folder.left_out:
+        are, them = ("is", "it") if folder.left_out == 1 else ("are", "them")
+        rows = f"{_count(folder.left_out, 'row')} of an earlier configuration {are} left out"
+        yield f"{folder.folder}: {rows} (`fedsweep report --all` shows {them})"
 
 
 def _show_phase(console: Console, phase: str, cells: pd.DataFrame, rest: str) -> None:
@@ -167,6 +176,7 @@ def as_records(report: Report) -> dict[str, Any]:
                 {str(name): _plain(value) for name, value in row.items()} for row in folder.summary.to_dict("records")
             ],
             "without_result": _incomplete(folder.cells),
+            "rows_left_out": folder.left_out,
         }
         for folder in report.folders
     ]

@@ -159,6 +159,20 @@ def test_failed_experiments_end_with_status_1_and_their_reason(fedsweep, tmp_pat
     assert "min_client_size" in done.stderr
 
 
+def test_a_study_that_was_edited_shows_what_it_is_now(fedsweep, tiny):
+    assert fedsweep("run", "tiny.yaml", "--device", "cpu", "num_clients=3").returncode == 0
+    left_out = "8 rows of an earlier configuration are left out (`fedsweep report --all` shows them)"
+    run = fedsweep("run", "tiny.yaml", "--device", "cpu")
+    for done in (run, fedsweep("report", "results_tiny")):
+        assert done.returncode == 0
+        assert f"results_tiny: {left_out}" in done.stdout
+        assert "tiny: 4 cells, 2 seeds each" in done.stdout
+        assert "num_clients 2, global_rounds 1" in done.stdout
+    every = fedsweep("report", "results_tiny", "--all").stdout
+    assert "tiny: 8 cells, 2 seeds each" in every
+    assert "left out" not in every
+
+
 def test_a_report_names_the_cells_that_failed(fedsweep, tmp_path):
     (tmp_path / "half.yaml").write_text(TINY.replace("poison_ratio: [0.0, 0.5]", "num_clients: [2, 1000]"))
     assert fedsweep("run", "half.yaml", "--device", "cpu").returncode == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -251,8 +252,18 @@ def test_the_terminal_and_the_pipe_say_what_has_no_result(no_alpha, make_rows):
         text = shown(made, width=200, terminal=terminal)
         assert "7 of 12 runs have no result (7 failed): all with alpha 0.1; " in text
         assert text.count("3 failed") == 2
-        assert "out: which cells have no result is not known: nobody said so\n" in text
+        assert text.startswith("out: which cells have no result is not known: nobody said so\n")
         assert "a ± b: mean and standard deviation over the seeds of the row; 95 % CI: " in text
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 row of an earlier configuration is"), (48, "48 rows of an")])
+def test_rows_that_were_left_out_are_counted_above_the_table(small, count, words):
+    [folder] = report_of(small).folders
+    text = shown(Report((replace(folder, left_out=count),)), width=200, terminal=False)
+    first, *_ = text.splitlines()
+    assert first.startswith(f"out0: {words}")
+    assert first.endswith(f" left out (`fedsweep report --all` shows {'it' if count == 1 else 'them'})")
+    assert "left out" not in shown(report_of(small), width=200)
 
 
 @pytest.mark.parametrize(("reason", "words"), [("cancelled", "cancelled"), ("unfinished", "not finished")])
