@@ -11,6 +11,7 @@ import numpy as np
 from fedsweep.report.coverage import lacking
 from fedsweep.report.look import ACCURACY_LEAST, FAINT, Numbers, Scales, limits, new_figure, outer_labels
 from fedsweep.report.panels import (
+    Marks,
     Panel,
     Roles,
     assign,
@@ -22,6 +23,7 @@ from fedsweep.report.panels import (
     pages,
     panels,
     width_of,
+    without_result,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
 PANELS_ON_A_PAGE = 8
 MOST_PANELS = 48
 METRICS = {"val_acc": "Validation\naccuracy (%)", "val_loss": "Validation\nloss (nats)"}
+MARKS = Marks(
+    diverged="a cell of which all diverged has its curve while that is finite",
+    bare="a cell without a result has no curve",
+)
 LOG_FROM = 30.0  # a loss axis whose largest value is that many times its least is logarithmic
 
 
@@ -98,8 +104,8 @@ def _page(
     for axes, panel in zip(grid[::2].flat, page, strict=False):
         axes.set_title(panel.title)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    legend(figure, known, roles, scales, "line")
-    caption(figure, title, cells, "bands: 95 % confidence interval", note)
+    legend(figure, known, roles, scales, "line", without_result(cells, roles))
+    caption(figure, title, cells, "bands: 95 % confidence interval", note, marks=MARKS, page=[Panel("", cells)])
     return figure
 
 

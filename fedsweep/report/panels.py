@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ APART = ("alpha", "partition", "num_clients", "model_type", "dataset")
 LINES_TOGETHER = 8
 COLOURS_TOGETHER = 10
 COLUMNS = 4
-BARE = "○"  # a cell without any row
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,14 @@ class Panel:
 
     title: str
     cells: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Marks:
+    """How a kind of figure shows a cell without a mean, in words for the caption."""
+
+    diverged: str  # a cell all of whose runs diverged
+    bare: str  # a cell without any row
 
 
 def assign(cells: pd.DataFrame, taken: Sequence[str] = (), first: Sequence[str] = ()) -> Roles:
@@ -119,9 +126,21 @@ def look(roles: Roles, values: dict[str, Any], scales: Scales) -> dict[str, Any]
     return {"color": colour, "linestyle": dashes, "marker": marker}
 
 
-def legend(figure: Figure, cells: pd.DataFrame, roles: Roles, scales: Scales, parts: str = "line and marker") -> None:
-    """One legend at the right: a heading for each parameter, then its values; `parts` are what the figure draws."""
-    entries = [entry for name in (roles.colour, roles.style) if name for entry in _entries(name, cells, roles, scales)]
+def legend(
+    figure: Figure,
+    cells: pd.DataFrame,
+    roles: Roles,
+    scales: Scales,
+    parts: str = "line and marker",
+    absent: Collection[tuple[str, Any]] = (),
+) -> None:
+    """One legend at the right: a heading for each parameter, then its values; `parts` are what the figure draws.
+
+    Of the values that are `absent` it says that they have no result.
+    """
+    entries = [
+        entry for name in (roles.colour, roles.style) if name for entry in _entries(name, cells, roles, scales, absent)
+    ]
     if not entries:
         return
     for handle, _ in entries:
@@ -136,7 +155,18 @@ def legend(figure: Figure, cells: pd.DataFrame, roles: Roles, scales: Scales, pa
             text.set_fontweight("bold")
 
 
-def _entries(name: str, cells: pd.DataFrame, roles: Roles, scales: Scales) -> list[tuple[Line2D, str]]:
+def without_result(cells: pd.DataFrame, roles: Roles) -> frozenset[tuple[str, Any]]:
+    """The values of colour and style of which no cell has any row, each with its parameter."""
+    there = cells[runs(cells) > 0]
+    names = [name for name in (roles.colour, roles.style) if name]
+    return frozenset(
+        (name, value) for name in names for value in set(levels(name, cells[name])) - set(levels(name, there[name]))
+    )
+
+
+def _entries(
+    name: str, cells: pd.DataFrame, roles: Roles, scales: Scales, absent: Collection[tuple[str, Any]]
+) -> list[tuple[Line2D, str]]:
     from matplotlib.lines import Line2D
 
     entries = [(Line2D([], [], linestyle="none"), name_of(name))]
@@ -144,12 +174,18 @@ def _entries(name: str, cells: pd.DataFrame, roles: Roles, scales: Scales) -> li
         dashes, marker = LINES[0] if name == roles.colour else scales.line(name, value, roles.style_levels)
         colour = scales.colour(name, value) if name == roles.colour else DARK
         shape = "" if name == roles.colour and roles.style else marker  # the marker shows the style
-        entries.append((Line2D([], [], color=colour, linestyle=dashes, marker=shape), value_of(name, value)))
+        text = value_of(name, value) + (" (no result)" if (name, value) in absent else "")
+        entries.append((Line2D([], [], color=colour, linestyle=dashes, marker=shape), text))
     return entries
 
 
-def caption(figure: Figure, title: str, cells: pd.DataFrame, note: str, *more: str) -> None:
-    """The title above; below, small, what all cells share, how many seeds there are, what diverged, what is missing."""
+def caption(
+    figure: Figure, title: str, cells: pd.DataFrame, note: str, *more: str, marks: Marks, page: Sequence[Panel]
+) -> None:
+    """The title above; below, small, what all cells share, how many seeds there are, what diverged, what is missing.
+
+    Those `marks` are explained that the cells of the page need.
+    """
     figure.suptitle(title, fontsize=9, fontweight="bold")
     shared = ", ".join(pair_of(name, value) for name, value in constants(cells).items())
     if shared and not is_plan_known(cells):
@@ -160,12 +196,23 @@ def caption(figure: Figure, title: str, cells: pd.DataFrame, note: str, *more: s
     )
     parts = [part for part in (shared, f"{counted}; {note}" if runs(cells).max() > 1 else counted) if part]
     parts += filter(None, more)
-    diverged = int(cells["n_diverged"].sum())
-    if diverged:
-        parts.append(f"{diverged} diverged run{'' if diverged == 1 else 's'} left out (×: all of a cell)")
+    bare, lost = (any(which(panel.cells).any() for panel in page) for which in (is_bare, is_lost))
+    if diverged := int(cells["n_diverged"].sum()):
+        left_out = f"{diverged} diverged run{'' if diverged == 1 else 's'} left out"
+        parts.append(left_out + (f" ({marks.diverged})" if lost else ""))
     if missing := coverage_note(cells, pair_of):
-        parts.append(missing + (f" ({BARE}: cell without a result)" if (runs(cells) == 0).any() else ""))
+        parts.append(missing + (f" ({marks.bare})" if bare else ""))
     figure.supxlabel("\n".join(_wrapped(". ".join(parts), figure.get_figwidth())), fontsize=6.5, color=GREY)
+
+
+def is_bare(cells: pd.DataFrame) -> pd.Series:
+    """Which cells have no row at all."""
+    return runs(cells) == 0
+
+
+def is_lost(cells: pd.DataFrame) -> pd.Series:
+    """Which cells have rows, all of them of runs that diverged."""
+    return (cells["n_seeds"] == 0) & ~is_bare(cells)
 
 
 def _wrapped(text: str, inches: float) -> list[str]:

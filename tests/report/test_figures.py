@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import matplotlib
 import numpy as np
@@ -105,17 +105,83 @@ def no_alpha(make_rows, without):
     return rows[~lost], without(rows, lost)
 
 
-def test_cells_without_a_result_are_circles_on_the_axis_and_named(no_alpha):
+def marks(axes, marker):
+    """The lines of some axes that are marks of cells without a mean."""
+    return [line for line in axes.get_lines() if line.get_markerfacecolor() == "none" and line.get_marker() == marker]
+
+
+def box(axes, x, y):
+    """Where in its figure a place of the axes is: x as in the data, y as a share of the axes."""
+    return axes.get_xaxis_transform().transform((x, y))
+
+
+def test_cells_without_a_result_are_circles_below_all_values_and_named(no_alpha):
     _, cells = no_alpha
     [figure] = accuracy_of(cells)
-    circles = [line for line in figure.axes[0].get_lines() if line.get_markerfacecolor() == "none"]
+    [axes] = figure.axes
+    circles = marks(axes, "o")
     assert [line.get_xdata().tolist() for line in circles] == [[0, 0.3], [0, 0.3]]
-    assert {line.get_marker() for line in circles} == {"o"}
+    assert [to_hex(line.get_color()).upper() for line in circles] == [HUES[0], HUES[2]]
     assert legend_words(figure) == ["aggregator", "FedAvg", "median", "α", "0.1", "100"]
     assert caption(figure) == (
         "digits, CNN, width 8, depth 1, label flip, order shuffle, batch size 32. 3 seeds; bands: 95 % confidence "
         "interval. 12 of 24 runs have no result (12 failed): all with α = 0.1 (○: cell without a result)"
     )
+
+
+def test_no_mark_lies_on_another_on_a_value_or_on_the_axis(make_rows, without):
+    grid = {"alpha": [0.1, 1.0], "aggregator": ["fedavg", "median"], "poison_ratio": [0.0, 0.3]}
+    grid["poison_type"] = ["label_flip", "random_noise"]
+    rows = make_rows(grid)
+    lost = rows["poison_ratio"] == 0.3
+    rows.loc[lost & (rows["alpha"] == 1), ["outcome", "mean_test_acc"]] = ["diverged", np.nan]
+    rows.loc[~lost, "mean_test_acc"] = [0.0, 0.01, 0.02] * 8  # the least values there are
+    [figure] = accuracy_of(without(rows, lost & (rows["alpha"] == 0.1)))
+    figure.canvas.draw()
+    apart = 0
+    for axes in figure.axes:
+        every = [line for marker in "ox" for line in marks(axes, marker)]
+        spots = [tuple(box(axes, *xy)) for line in every for xy in zip(*line.get_data(), strict=True)]
+        apart += len(spots)
+        gap = 72 / figure.dpi  # in pixels, of a point
+        distances = [math.dist(one, other) * gap for one, other in combinations(spots, 2)]
+        size = every[0].get_markersize()
+        assert min(distances, default=size) >= size
+        assert min(y for _, y in spots) - axes.bbox.y0 >= size / 2 / gap
+        least = axes.transData.transform((0, 0))[1]
+        assert max(y for _, y in spots) + size / 2 / gap < least
+        assert all(tick >= -1 for tick in axes.get_yticks())  # no value is written beside the strip
+    assert apart == 8
+
+
+def test_the_strip_stays_small_with_many_lines_and_hides_no_mean(make_rows, without):
+    rows = make_rows({"width_factor": list(range(1, 25)), "poison_ratio": [0.0, 0.3]}, seeds=(1,))
+    [figure] = accuracy_of(without(rows, rows["poison_ratio"] == 0.3))
+    [axes] = figure.axes
+    heights = sorted(line.get_ydata()[0] for line in marks(axes, "o"))
+    assert len(set(heights)) == 24
+    assert 0 < heights[0] < heights[-1] < 0.34
+    [strip] = [each for each in axes.patches]
+    lowest = min(np.nanmin(line.get_ydata()) for line in axes.get_lines() if line not in marks(axes, "o"))
+    figure.canvas.draw()
+    foot = axes.transData.transform((0, lowest))[1]
+    assert foot > strip.get_window_extent().y1
+
+
+def test_without_such_cells_there_is_no_strip(small):
+    [figure] = accuracy(small)
+    assert list(figure.axes[0].patches) == []
+
+
+def test_a_mark_is_explained_only_where_it_is_drawn(make_rows, without, monkeypatch):
+    monkeypatch.setattr("fedsweep.report.accuracy.PANELS_ON_A_PAGE", 1)
+    monkeypatch.setattr("fedsweep.report.panels.COLUMNS", 1)
+    grid = {"alpha": [0.1, 1.0], "aggregator": ["fedavg", "median"], "poison_ratio": [0.0, 0.3]}
+    rows = make_rows(grid | {"poison_type": ["label_flip", "random_noise"]})
+    rows.loc[(rows["alpha"] == 1) & (rows["seed"] == 1), ["outcome", "mean_test_acc"]] = ["diverged", np.nan]
+    first, second = accuracy_of(without(rows, (rows["alpha"] == 0.1) & (rows["poison_ratio"] == 0.3)))
+    assert [("○" in caption(each), "×" in caption(each)) for each in (first, second)] == [(True, False), (False, False)]
+    assert "8 diverged runs left out. 12 of 48 runs have no result" in caption(second)
 
 
 def test_curves_say_which_cells_have_no_result(no_alpha, make_history):
@@ -124,7 +190,28 @@ def test_curves_say_which_cells_have_no_result(no_alpha, make_history):
     [figure] = curve_figures("attack", cells, rounds, scales([cells]))
     assert [axes.get_title() for axes in figure.axes] == ["α = 100", ""]
     assert "α" not in caption(figure).partition(". ")[0]
-    assert "12 of 24 runs have no result (12 failed): all with α = 0.1" in caption(figure)
+    assert caption(figure).endswith(
+        "12 of 24 runs have no result (12 failed): all with α = 0.1 (a cell without a result has no curve)"
+    )
+    assert "○" not in caption(figure)
+
+
+def test_the_legend_of_the_curves_names_what_has_none(make_rows, without, make_history):
+    rows = make_rows({"aggregator": ["fedavg", "median"], "poison_ratio": [0.0, 0.3]})
+    lost = rows["aggregator"] == "median"
+    cells, rounds = without(rows, lost), rounds_of(rows[~lost], make_history(rows[~lost]))
+    [figure] = curve_figures("attack", cells, rounds, scales([cells]))
+    assert legend_words(figure) == ["poison ratio ρ", "0", "0.3", "aggregator", "FedAvg", "median (no result)"]
+    assert [len(drawn(axes)) for axes in figure.axes] == [2, 2]
+
+
+def test_curves_of_diverged_runs_explain_no_cross(make_rows, make_history):
+    rows = make_rows({"poison_ratio": [0.0, 0.3]})
+    rows.loc[rows["poison_ratio"] == 0.3, ["outcome", "mean_test_acc"]] = ["diverged", np.nan]
+    [figure] = curve_figures("attack", summarise(rows), rounds_of(rows, make_history(rows)), scales([rows]))
+    assert caption(figure).endswith(
+        "3 diverged runs left out (a cell of which all diverged has its curve while that is finite)"
+    )
 
 
 def test_a_field_of_the_map_without_a_result_is_a_circle(make_rows, without):
@@ -223,7 +310,7 @@ def test_words_have_the_same_colour_in_every_report(make_rows):
     assert [to_hex(line.get_color()).upper() for line in drawn(figure.axes[0])] == [HUES[1], HUES[2]]
 
 
-def test_diverged_cells_are_crosses_on_the_axis_and_gaps_in_the_line(small):
+def test_diverged_cells_are_crosses_below_the_values_and_gaps_in_the_line(small):
     lost = small["poison_ratio"] == 0.2
     small.loc[lost, "outcome"] = "diverged"
     small.loc[lost, ["mean_test_acc", "mean_val_acc"]] = np.nan
