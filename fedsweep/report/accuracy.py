@@ -13,6 +13,8 @@ import numpy.typing as npt
 from fedsweep.report.labels import axis_of, is_empty, is_numeric, levels, value_of, varying
 from fedsweep.report.look import ACCURACY_LEAST, FAINT, Numbers, Scales, limits, new_figure, outer_labels, percent
 from fedsweep.report.panels import (
+    BAND,
+    BAR,
     Marks,
     Panel,
     Roles,
@@ -142,8 +144,7 @@ def _page(
     _set_x_axis(grid[0], x)
     _set_y_axis(grid[0], cells, _height(marks))
     legend(figure, cells, roles, scales, "line and marker" if x.is_continuous else "marker")
-    spread = f"{'bands' if x.is_continuous else 'bars'}: 95 % confidence interval"
-    caption(figure, title, cells, spread, marks=MARKS, page=page)
+    caption(figure, title, cells, BAND if x.is_continuous else BAR, marks=MARKS, page=page)
     return figure
 
 
@@ -164,12 +165,19 @@ def _draw_line(axes: Axes, series: Series, x: XAxis) -> None:
     means = np.array([percent(share) for share in own["mean_test_acc"]])
     halves = np.array([percent(share) for share in own["ci95_test_acc"]])
     axes.plot(places, means, **series.appearance | ({} if x.is_continuous else {"linestyle": "none"}))
-    if np.isfinite(halves).any():
-        low, high = np.clip(means - halves, 0, 100), np.clip(means + halves, 0, 100)
-        if x.is_continuous and np.isfinite(means).sum() > 1:
-            axes.fill_between(places, low, high, color=colour, alpha=FAINT, linewidth=0)
-        else:
-            axes.vlines(places, low, high, color=colour, linewidth=0.9)
+    low, high = np.clip(means - halves, 0, 100), np.clip(means + halves, 0, 100)
+    has_ends = np.isfinite(halves)
+    is_banded = has_ends & _beside(has_ends) & x.is_continuous
+    if is_banded.any():
+        axes.fill_between(places, low, high, color=colour, alpha=FAINT, linewidth=0, where=is_banded)
+    if (is_barred := has_ends & ~is_banded).any():  # a band of one point would have no width
+        axes.vlines(places[is_barred], low[is_barred], high[is_barred], color=colour, linewidth=0.9)
+
+
+def _beside(those: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Which places have one of those right before or after them."""
+    padded = np.pad(those, 1)
+    return padded[:-2] | padded[2:]
 
 
 def _rows_of_marks(every: Sequence[Series], x: XAxis) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsweep.report.labels import axis_of, levels, value_of, varying
 from fedsweep.report.look import new_figure, outer_labels, percent
-from fedsweep.report.panels import Marks, Panel, caption, columns_for, pages, panels, rank
+from fedsweep.report.panels import DEVIATION, Marks, Panel, caption, columns_for, pages, panels, rank
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,8 +54,8 @@ def _page(title: str, cells: pd.DataFrame, page: Sequence[Panel], columns: int, 
     outer_labels(grid[: len(page)], columns, axis_of("width_factor"), axis_of("depth"))
     bar = figure.colorbar(image, ax=grid[: len(page)], label="Test accuracy (%)", aspect=25, shrink=0.9)
     bar.outline.set_visible(False)
-    note = "± standard deviation over seeds" if _shows_deviation(cells, widths, depths) else ""
-    caption(figure, title, cells, note, marks=MARKS, page=page)
+    spread = DEVIATION if _shows_deviation(cells, widths, depths) else None
+    caption(figure, title, cells, spread, marks=MARKS, page=page)
     return figure
 
 

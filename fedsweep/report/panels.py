@@ -23,6 +23,7 @@ APART = ("alpha", "partition", "num_clients", "model_type", "dataset")
 LINES_TOGETHER = 8
 COLOURS_TOGETHER = 10
 COLUMNS = 4
+NO_BREAK = "\u00a0"  # the space at which no line ends
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,19 @@ class Panel:
 
     title: str
     cells: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What shows how the seeds of a cell spread, in words for the caption."""
+
+    name: str
+    words: str
+
+
+BAND = Spread("band", f"bands: 95{NO_BREAK}% confidence interval")
+BAR = Spread("bar", f"bars: 95{NO_BREAK}% confidence interval")
+DEVIATION = Spread("±", f"±{NO_BREAK}standard deviation over seeds")
 
 
 @dataclass(frozen=True)
@@ -180,29 +194,52 @@ def _entries(
 
 
 def caption(
-    figure: Figure, title: str, cells: pd.DataFrame, note: str, *more: str, marks: Marks, page: Sequence[Panel]
+    figure: Figure,
+    title: str,
+    cells: pd.DataFrame,
+    spread: Spread | None,
+    *more: str,
+    marks: Marks,
+    page: Sequence[Panel],
 ) -> None:
     """The title above; below, small, what all cells share, how many seeds there are, what diverged, what is missing.
 
     Those `marks` are explained that the cells of the page need.
     """
     figure.suptitle(title, fontsize=9, fontweight="bold")
-    shared = ", ".join(pair_of(name, value) for name, value in constants(cells).items())
+    shared = ", ".join(_bound_pair(name, value) for name, value in constants(cells).items())
     if shared and not is_plan_known(cells):
         shared = f"in all rows: {shared}"
-    seeds = sorted(set(runs(cells) + lacking(cells)))
-    counted = (
-        f"{seeds[0]} seed{'' if seeds[-1] == 1 else 's'}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    )
-    parts = [part for part in (shared, f"{counted}; {note}" if runs(cells).max() > 1 else counted) if part]
-    parts += filter(None, more)
+    parts = list(filter(None, [shared, _seeds(cells, spread), *more]))
     bare, lost = (any(which(panel.cells).any() for panel in page) for which in (is_bare, is_lost))
     if diverged := int(cells["n_diverged"].sum()):
         left_out = f"{diverged} diverged run{'' if diverged == 1 else 's'} left out"
         parts.append(left_out + (f" ({marks.diverged})" if lost else ""))
-    if missing := coverage_note(cells, pair_of):
+    if missing := coverage_note(cells, _bound_pair):
         parts.append(missing + (f" ({marks.bare})" if bare else ""))
     figure.supxlabel("\n".join(_wrapped(". ".join(parts), figure.get_figwidth())), fontsize=6.5, color=GREY)
+
+
+def _seeds(cells: pd.DataFrame, spread: Spread | None) -> str:
+    """Over how many seeds the means are, and what shows how they spread."""
+    counts = cells["n_seeds"][cells["n_seeds"] > 0]
+    if not len(counts):
+        counts = runs(cells) + lacking(cells)
+    least, most = int(counts.min()), int(counts.max())
+    parts = [_bound(f"{least} seed{'' if most == 1 else 's'}" if least == most else f"{least} to {most} seeds")]
+    if spread and most > 1:
+        parts.append(spread.words)
+        parts += [f"no {spread.name} where there is one seed"] if least == 1 else []
+    return "; ".join(parts)
+
+
+def _bound_pair(name: str, value: Any) -> str:
+    return _bound(pair_of(name, value))
+
+
+def _bound(words: str) -> str:
+    """These words so that no line ends between them."""
+    return words.replace(" ", NO_BREAK)
 
 
 def is_bare(cells: pd.DataFrame) -> pd.Series:
@@ -216,4 +253,4 @@ def is_lost(cells: pd.DataFrame) -> pd.Series:
 
 
 def _wrapped(text: str, inches: float) -> list[str]:
-    return textwrap.wrap(text, max(int(inches * 19), 30))
+    return textwrap.wrap(text, max(int(inches * 19), 30), break_on_hyphens=False)

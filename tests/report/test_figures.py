@@ -50,7 +50,7 @@ def legend_words(figure):
 
 
 def caption(figure):
-    return figure.get_supxlabel().replace("\n", " ")
+    return figure.get_supxlabel().replace("\n", " ").replace("\u00a0", " ")
 
 
 @pytest.fixture
@@ -227,6 +227,50 @@ def test_one_seed_has_no_band_and_says_so(make_rows):
     [figure] = accuracy(make_rows({"poison_ratio": [0.0, 0.3]}, seeds=(1,)))
     assert bands(figure.axes[0]) == []
     assert caption(figure).endswith("batch size 32. 1 seed")
+
+
+def test_where_some_points_have_one_seed_the_caption_says_so(make_rows, without, make_history):
+    rows = make_rows({"poison_ratio": [0.0, 0.2, 0.4]}, seeds=(1, 2, 3, 4))
+    lost = (rows["poison_ratio"] == 0.4) & (rows["seed"] > 1)
+    [figure] = accuracy_of(without(rows, lost))
+    assert "1 to 4 seeds; bands: 95 % confidence interval; no band where there is one seed. 3 of 12 " in caption(figure)
+    [figure] = accuracy_of(without(rows, lost & (rows["seed"] > 2)))
+    assert "2 to 4 seeds; bands: 95 % confidence interval. 2 of 12 " in caption(figure)
+    rows.loc[lost, ["outcome", "mean_test_acc"]] = ["diverged", np.nan]  # no part of the mean, like one that failed
+    [figure] = accuracy(rows)
+    assert "1 to 4 seeds; bands: 95 % confidence interval; no band where there is one seed. 3 diverged " in caption(
+        figure
+    )
+
+
+def test_bars_and_deviations_are_not_called_bands(make_rows, without):
+    rows = make_rows({"aggregator": ["fedavg", "median"], "poison_type": ["label_flip", "random_noise"]})
+    [figure] = accuracy_of(without(rows, (rows["aggregator"] == "median") & (rows["seed"] > 1)))
+    assert "1 to 3 seeds; bars: 95 % confidence interval; no bar where there is one seed." in caption(figure)
+    rows = make_rows({"width_factor": [4, 8], "depth": [1, 2]})
+    [figure] = heat_figures("size", without(rows, (rows["depth"] == 2) & (rows["seed"] > 1)))
+    assert "1 to 3 seeds; ± standard deviation over seeds; no ± where there is one seed." in caption(figure)
+
+
+def test_a_point_with_an_interval_between_points_without_has_a_bar(make_rows, without):
+    rows = make_rows({"poison_ratio": [0.0, 0.2, 0.4, 0.6, 0.8]})
+    [figure] = accuracy_of(without(rows, rows["poison_ratio"].isin([0.2]) & (rows["seed"] > 1)))
+    band, bar = bands(figure.axes[0])
+    assert [tuple(path.vertices[:, 0]) for path in bar.get_paths()] == [(0, 0)]
+    assert {x for path in band.get_paths() for x in path.vertices[:, 0]} == {0.4, 0.6, 0.8}
+
+
+@pytest.mark.parametrize("dataset", ["parquet:" + "d" * length for length in range(3, 43, 6)])
+def test_no_line_of_the_caption_ends_within_a_name_and_its_value(make_rows, without, dataset):
+    rows = make_rows({"alpha": [0.01, 0.1, 1.0], "poison_ratio": [0.0, 0.25]}, dataset=dataset, poison_label=3)
+    lost = (rows["alpha"] == 0.01) | ((rows["poison_ratio"] == 0.25) & (rows["seed"] == 2))
+    [figure] = accuracy_of(without(rows, lost))
+    lines = figure.get_supxlabel().replace("\u00a0", " ").split("\n")
+    assert len(lines) > 3
+    assert "bands: 95\u00a0% confidence" in figure.get_supxlabel().replace("\n", " ")
+    for words in ("width 8", "depth 1", "batch size 32", "α = 0.01", "α = 0.1", "ρ = 0.25", "2 to 3 seeds", "95 %"):
+        assert any(words in line for line in lines)
+        assert caption(figure).count(words) == sum(line.count(words) for line in lines)
 
 
 def test_every_cell_has_its_line_colour_by_one_parameter_and_dashes_by_another(make_rows):
@@ -525,6 +569,9 @@ def test_a_loss_of_many_sizes_has_a_logarithmic_axis(make_rows, make_history):
     rounds.loc[rounds["poison_ratio"] == 0.4, "val_loss"] *= 100
     [figure] = curve_figures("attack", summarise(rows), rounds, scales([rows]))
     assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log"]
+    assert [axes.get_ylabel().replace("\n", " ") for axes in figure.axes] == [
+        "Validation accuracy (%)", "Validation loss (nats, log scale)",
+    ]  # fmt: skip
 
 
 def test_wide_bands_do_not_dwarf_the_curves(make_rows, make_history):
