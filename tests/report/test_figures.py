@@ -13,9 +13,10 @@ from matplotlib.colors import to_hex
 
 from fedsweep.manager.results import summarise
 from fedsweep.report.accuracy import accuracy_figures
+from fedsweep.report.coverage import coverage_note
 from fedsweep.report.curves import curve_figures, over_seeds
 from fedsweep.report.heatmap import heat_figures
-from fedsweep.report.labels import parameters
+from fedsweep.report.labels import pair_of, parameters
 from fedsweep.report.look import HUES, limits, scales, style
 from fedsweep.report.panels import assign
 
@@ -271,6 +272,51 @@ def test_no_line_of_the_caption_ends_within_a_name_and_its_value(make_rows, with
     for words in ("width 8", "depth 1", "batch size 32", "α = 0.01", "α = 0.1", "ρ = 0.25", "2 to 3 seeds", "95 %"):
         assert any(words in line for line in lines)
         assert caption(figure).count(words) == sum(line.count(words) for line in lines)
+
+
+@pytest.fixture
+def four_seeds(make_rows):
+    grid = {"alpha": [0.07, 100.0], "width_factor": [4, 8], "poison_ratio": [0.0, 0.3]}
+    return make_rows(grid, seeds=(1, 2, 3, 4))
+
+
+def note(cells):
+    """What the sentence on what is missing says after its count."""
+    return coverage_note(cells, pair_of).partition(": ")[2]
+
+
+def test_cells_that_lack_the_same_are_told_together(four_seeds, without):
+    rows = four_seeds
+    rough, few, wide, poisoned = (
+        rows["alpha"] == 0.07,
+        rows["seed"] > 1,
+        rows["width_factor"] == 8,
+        rows["poison_ratio"] > 0,
+    )
+    assert note(without(rows, rough & few)) == "3 of 4 in each cell with α = 0.07"
+    assert note(without(rows, rough & wide & few)) == "3 of 4 in each cell with width 8, α = 0.07"
+    assert note(without(rows, rough & wide & poisoned & few)) == "3 of 4 with width 8, ρ = 0.3, α = 0.07"
+    assert note(without(rows, few)) == "3 of 4 in each cell"
+    mixed = (rough & few) | (~rough & (rows["seed"] == 1))
+    assert note(without(rows, mixed)) == "3 of 4 in each cell with α = 0.07; 1 of 4 in each cell with α = 100"
+
+
+def test_a_value_is_not_said_of_cells_that_lack_another_number(four_seeds, without):
+    rows = four_seeds
+    rough, wide, poisoned = rows["alpha"] == 0.07, rows["width_factor"] == 8, rows["poison_ratio"] > 0
+    assert note(without(rows, rough & (wide | (rows["seed"] > 1)))) == (
+        "all with width 8, α = 0.07; 3 of 4 in each cell with width 4, α = 0.07"
+    )
+    last = rough & wide & poisoned
+    assert note(without(rows, rough & (rows["seed"] > 1) & ~(last & (rows["seed"] == 2)))) == (
+        "3 of 4 in each cell with width 4, α = 0.07; 3 of 4 in each cell with ρ = 0, α = 0.07; "
+        "2 of 4 with width 8, ρ = 0.3, α = 0.07"
+    )
+
+
+def test_of_one_cell_alone_the_count_says_all(make_rows, without):
+    rows = make_rows({})
+    assert coverage_note(without(rows, rows["seed"] == 1), pair_of) == "1 of 3 runs has no result (1 failed)"
 
 
 def test_every_cell_has_its_line_colour_by_one_parameter_and_dashes_by_another(make_rows):
