@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ LINES_TOGETHER = 8
 COLOURS_TOGETHER = 10
 COLUMNS = 4
 NO_BREAK = "\u00a0"  # the space at which no line ends
+TOGETHER_IN_LINE = re.compile(r"\d+ of \d+|[○×]: \w+")  # `3 of 4`, and a mark with its explanation
 
 
 @dataclass(frozen=True)
@@ -253,4 +255,5 @@ def is_lost(cells: pd.DataFrame) -> pd.Series:
 
 
 def _wrapped(text: str, inches: float) -> list[str]:
+    text = TOGETHER_IN_LINE.sub(lambda found: _bound(found[0]), text)
     return textwrap.wrap(text, max(int(inches * 19), 30), break_on_hyphens=False)
