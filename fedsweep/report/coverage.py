@@ -125,28 +125,45 @@ def _known_note(cells: pd.DataFrame, pair: Pair) -> str:
     have = "has" if lost.sum() == 1 else "have"
     note = f"{lost.sum()} of {(runs(cells) + lost).sum()} runs {have} no result ({reasons(counts)})"
     is_bare = runs(cells) == 0
-    if is_bare.all():
+    if is_bare.all() or len(cells) == 1:
         return note
-    whole = [f"all with {words}" for words in _covering(cells, is_bare, pair)]
-    partly, names = cells[(lost > 0) & ~is_bare], varying(cells)
-    parts = [
-        f"{missing} of {missing + there} with {_words(names, values, pair)}"
-        for missing, there, values in zip(lacking(partly), runs(partly), _keys(partly[names]), strict=True)
-    ]
-    return f"{note}: {_listed([*whole, *parts])}"
+    whole = [f"all with {words}" for words, _ in _covering(cells, is_bare, pair)]
+    return f"{note}: {_listed([*whole, *_partly(cells, pair)])}"
 
 
-def _covering(cells: pd.DataFrame, is_bare: pd.Series, pair: Pair) -> list[str]:
-    """The cells without any run in few words: values, or pairs of them, that no other cell has; then what is left."""
+def _partly(cells: pd.DataFrame, pair: Pair) -> list[str]:
+    """The cells that lack some of their seeds, those together that lack the same number of as many."""
+    lost, there, parts = lacking(cells), runs(cells), []
+    for missing, left in dict.fromkeys(zip(lost, there, strict=True)):
+        if not missing or not left:
+            continue
+        are_such = (lost == missing) & (there == left)
+        if are_such.all():
+            return [f"{missing} of {missing + left} in each cell"]
+        for words, count in _covering(cells, are_such, pair):
+            parts.append(f"{missing} of {missing + left} {'in each cell ' if count > 1 else ''}with {words}")
+    return parts
+
+
+def _covering(cells: pd.DataFrame, which: pd.Series, pair: Pair) -> list[tuple[str, int]]:
+    """These cells in few words: values, or pairs of them, that no other cell has; then what is left, each by itself.
+
+    With each goes how many of the cells it names.
+    """
     names, found = varying(cells), []
-    bare, others = (_keys(cells.loc[which, names]) for which in (is_bare, ~is_bare))
+    every, others = (_keys(cells.loc[some, names]) for some in (which, ~which))
+    these = every
     for places in (some for size in (1, 2) for some in combinations(range(len(names)), size)):
         part = itemgetter(*places)
         elsewhere = {part(cell) for cell in others}
-        alone = {part(cell): cell for cell in bare if part(cell) not in elsewhere}
-        found += [", ".join(pair(names[place], cell[place]) for place in places) for cell in alone.values()]
-        bare = [cell for cell in bare if part(cell) in elsewhere]
-    return found + [_words(names, cell, pair) for cell in bare]
+        alone = {part(cell): cell for cell in these if part(cell) not in elsewhere}
+        counts = Counter(map(part, every))
+        for key, cell in alone.items():
+            found.append(
+                (_words([names[place] for place in places], [cell[place] for place in places], pair), counts[key])
+            )
+        these = [cell for cell in these if part(cell) in elsewhere]
+    return found + [(_words(names, cell, pair), 1) for cell in these]
 
 
 def _words(names: Iterable[str], values: Iterable[Any], pair: Pair) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 from fedsweep.report.coverage import lacking
 from fedsweep.report.look import ACCURACY_LEAST, FAINT, Numbers, Scales, limits, new_figure, outer_labels
 from fedsweep.report.panels import (
+    BAND,
+    Marks,
     Panel,
     Roles,
     assign,
@@ -22,6 +24,7 @@ from fedsweep.report.panels import (
     pages,
     panels,
     width_of,
+    without_result,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +35,11 @@ if TYPE_CHECKING:
 PANELS_ON_A_PAGE = 8
 MOST_PANELS = 48
 METRICS = {"val_acc": "Validation\naccuracy (%)", "val_loss": "Validation\nloss (nats)"}
+LOG_LOSS = "Validation loss\n(nats, log scale)"
+MARKS = Marks(
+    diverged="a cell of which all diverged has its curve while that is finite",
+    bare="a cell without a result has no curve",
+)
 LOG_FROM = 30.0  # a loss axis whose largest value is that many times its least is logarithmic
 
 
@@ -94,12 +102,13 @@ def _page(
         _share_limits(axes, metric, np.concatenate(drawn, axis=1))
         for unused in axes[len(page) :]:
             unused.remove()
-        outer_labels(axes[: len(page)], columns, "Round" if metric == "val_loss" else "", label)
+        words = LOG_LOSS if axes[0].get_yscale() == "log" else label
+        outer_labels(axes[: len(page)], columns, "Round" if metric == "val_loss" else "", words)
     for axes, panel in zip(grid[::2].flat, page, strict=False):
         axes.set_title(panel.title)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    legend(figure, known, roles, scales, "line")
-    caption(figure, title, cells, "bands: 95 % confidence interval", note)
+    legend(figure, known, roles, scales, "line", without_result(cells, roles))
+    caption(figure, title, cells, BAND, note, marks=MARKS, page=[Panel("", cells)])
     return figure
 
 

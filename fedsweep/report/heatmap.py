@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsweep.report.labels import axis_of, levels, value_of, varying
 from fedsweep.report.look import new_figure, outer_labels, percent
-from fedsweep.report.panels import BARE, Panel, caption, columns_for, pages, panels, rank
+from fedsweep.report.panels import DEVIATION, Marks, Panel, caption, columns_for, pages, panels, rank
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 PANELS_ON_A_PAGE = 12
+DIVERGED, BARE = "div.", "○"  # in a field: all runs diverged, or there is no row
+MARKS = Marks(diverged=f"{DIVERGED}: all of a cell", bare=f"{BARE}: cell without a result")
 MOST_WITH_DEVIATION = 30  # fields; a larger map shows means only
 DARK_BELOW = 0.55  # of the colour scale: white words below, black ones above
 
@@ -52,7 +54,8 @@ def _page(title: str, cells: pd.DataFrame, page: Sequence[Panel], columns: int, 
     outer_labels(grid[: len(page)], columns, axis_of("width_factor"), axis_of("depth"))
     bar = figure.colorbar(image, ax=grid[: len(page)], label="Test accuracy (%)", aspect=25, shrink=0.9)
     bar.outline.set_visible(False)
-    caption(figure, title, cells, "± standard deviation over seeds" if _shows_deviation(cells, widths, depths) else "")
+    spread = DEVIATION if _shows_deviation(cells, widths, depths) else None
+    caption(figure, title, cells, spread, marks=MARKS, page=page)
     return figure
 
 
@@ -67,7 +70,7 @@ def _map(axes: Axes, panel: Panel, widths: list[Any], depths: list[Any], limits:
     for cell in panel.cells.to_dict("records"):
         place = depths.index(cell["depth"]), widths.index(cell["width_factor"])
         means[place] = percent(cell["mean_test_acc"])
-        words[place] = f"{means[place]:.1f}" if cell["n_seeds"] else "div." if cell["n_diverged"] else BARE
+        words[place] = f"{means[place]:.1f}" if cell["n_seeds"] else DIVERGED if cell["n_diverged"] else BARE
         if with_deviation and cell["n_seeds"] > 1:
             words[place] += f"\n± {percent(cell['std_test_acc']):.1f}"
     image = axes.imshow(means, origin="lower", aspect="auto", cmap="viridis", vmin=limits[0], vmax=limits[1])

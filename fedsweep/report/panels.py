@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ APART = ("alpha", "partition", "num_clients", "model_type", "dataset")
 LINES_TOGETHER = 8
 COLOURS_TOGETHER = 10
 COLUMNS = 4
-BARE = "○"  # a cell without any row
+NO_BREAK = "\u00a0"  # the space at which no line ends
+TOGETHER_IN_LINE = re.compile(r"\d+ of \d+|[○×]: \w+")  # `3 of 4`, and a mark with its explanation
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,27 @@ class Panel:
 
     title: str
     cells: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What shows how the seeds of a cell spread, in words for the caption."""
+
+    name: str
+    words: str
+
+
+BAND = Spread("band", f"bands: 95{NO_BREAK}% confidence interval")
+BAR = Spread("bar", f"bars: 95{NO_BREAK}% confidence interval")
+DEVIATION = Spread("±", f"±{NO_BREAK}standard deviation over seeds")
+
+
+@dataclass(frozen=True)
+class Marks:
+    """How a kind of figure shows a cell without a mean, in words for the caption."""
+
+    diverged: str  # a cell all of whose runs diverged
+    bare: str  # a cell without any row
 
 
 def assign(cells: pd.DataFrame, taken: Sequence[str] = (), first: Sequence[str] = ()) -> Roles:
@@ -119,9 +142,21 @@ def look(roles: Roles, values: dict[str, Any], scales: Scales) -> dict[str, Any]
     return {"color": colour, "linestyle": dashes, "marker": marker}
 
 
-def legend(figure: Figure, cells: pd.DataFrame, roles: Roles, scales: Scales, parts: str = "line and marker") -> None:
-    """One legend at the right: a heading for each parameter, then its values; `parts` are what the figure draws."""
-    entries = [entry for name in (roles.colour, roles.style) if name for entry in _entries(name, cells, roles, scales)]
+def legend(
+    figure: Figure,
+    cells: pd.DataFrame,
+    roles: Roles,
+    scales: Scales,
+    parts: str = "line and marker",
+    absent: Collection[tuple[str, Any]] = (),
+) -> None:
+    """One legend at the right: a heading for each parameter, then its values; `parts` are what the figure draws.
+
+    Of the values that are `absent` it says that they have no result.
+    """
+    entries = [
+        entry for name in (roles.colour, roles.style) if name for entry in _entries(name, cells, roles, scales, absent)
+    ]
     if not entries:
         return
     for handle, _ in entries:
@@ -136,7 +171,18 @@ def legend(figure: Figure, cells: pd.DataFrame, roles: Roles, scales: Scales, pa
             text.set_fontweight("bold")
 
 
-def _entries(name: str, cells: pd.DataFrame, roles: Roles, scales: Scales) -> list[tuple[Line2D, str]]:
+def without_result(cells: pd.DataFrame, roles: Roles) -> frozenset[tuple[str, Any]]:
+    """The values of colour and style of which no cell has any row, each with its parameter."""
+    there = cells[runs(cells) > 0]
+    names = [name for name in (roles.colour, roles.style) if name]
+    return frozenset(
+        (name, value) for name in names for value in set(levels(name, cells[name])) - set(levels(name, there[name]))
+    )
+
+
+def _entries(
+    name: str, cells: pd.DataFrame, roles: Roles, scales: Scales, absent: Collection[tuple[str, Any]]
+) -> list[tuple[Line2D, str]]:
     from matplotlib.lines import Line2D
 
     entries = [(Line2D([], [], linestyle="none"), name_of(name))]
@@ -144,29 +190,70 @@ def _entries(name: str, cells: pd.DataFrame, roles: Roles, scales: Scales) -> li
         dashes, marker = LINES[0] if name == roles.colour else scales.line(name, value, roles.style_levels)
         colour = scales.colour(name, value) if name == roles.colour else DARK
         shape = "" if name == roles.colour and roles.style else marker  # the marker shows the style
-        entries.append((Line2D([], [], color=colour, linestyle=dashes, marker=shape), value_of(name, value)))
+        text = value_of(name, value) + (" (no result)" if (name, value) in absent else "")
+        entries.append((Line2D([], [], color=colour, linestyle=dashes, marker=shape), text))
     return entries
 
 
-def caption(figure: Figure, title: str, cells: pd.DataFrame, note: str, *more: str) -> None:
-    """The title above; below, small, what all cells share, how many seeds there are, what diverged, what is missing."""
+def caption(
+    figure: Figure,
+    title: str,
+    cells: pd.DataFrame,
+    spread: Spread | None,
+    *more: str,
+    marks: Marks,
+    page: Sequence[Panel],
+) -> None:
+    """The title above; below, small, what all cells share, how many seeds there are, what diverged, what is missing.
+
+    Those `marks` are explained that the cells of the page need.
+    """
     figure.suptitle(title, fontsize=9, fontweight="bold")
-    shared = ", ".join(pair_of(name, value) for name, value in constants(cells).items())
+    shared = ", ".join(_bound_pair(name, value) for name, value in constants(cells).items())
     if shared and not is_plan_known(cells):
         shared = f"in all rows: {shared}"
-    seeds = sorted(set(runs(cells) + lacking(cells)))
-    counted = (
-        f"{seeds[0]} seed{'' if seeds[-1] == 1 else 's'}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    )
-    parts = [part for part in (shared, f"{counted}; {note}" if runs(cells).max() > 1 else counted) if part]
-    parts += filter(None, more)
-    diverged = int(cells["n_diverged"].sum())
-    if diverged:
-        parts.append(f"{diverged} diverged run{'' if diverged == 1 else 's'} left out (×: all of a cell)")
-    if missing := coverage_note(cells, pair_of):
-        parts.append(missing + (f" ({BARE}: cell without a result)" if (runs(cells) == 0).any() else ""))
+    parts = list(filter(None, [shared, _seeds(cells, spread), *more]))
+    bare, lost = (any(which(panel.cells).any() for panel in page) for which in (is_bare, is_lost))
+    if diverged := int(cells["n_diverged"].sum()):
+        left_out = f"{diverged} diverged run{'' if diverged == 1 else 's'} left out"
+        parts.append(left_out + (f" ({marks.diverged})" if lost else ""))
+    if missing := coverage_note(cells, _bound_pair):
+        parts.append(missing + (f" ({marks.bare})" if bare else ""))
     figure.supxlabel("\n".join(_wrapped(". ".join(parts), figure.get_figwidth())), fontsize=6.5, color=GREY)
 
 
+def _seeds(cells: pd.DataFrame, spread: Spread | None) -> str:
+    """Over how many seeds the means are, and what shows how they spread."""
+    counts = cells["n_seeds"][cells["n_seeds"] > 0]
+    if not len(counts):
+        counts = runs(cells) + lacking(cells)
+    least, most = int(counts.min()), int(counts.max())
+    parts = [_bound(f"{least} seed{'' if most == 1 else 's'}" if least == most else f"{least} to {most} seeds")]
+    if spread and most > 1:
+        parts.append(spread.words)
+        parts += [f"no {spread.name} where there is one seed"] if least == 1 else []
+    return "; ".join(parts)
+
+
+def _bound_pair(name: str, value: Any) -> str:
+    return _bound(pair_of(name, value))
+
+
+def _bound(words: str) -> str:
+    """These words so that no line ends between them."""
+    return words.replace(" ", NO_BREAK)
+
+
+def is_bare(cells: pd.DataFrame) -> pd.Series:
+    """Which cells have no row at all."""
+    return runs(cells) == 0
+
+
+def is_lost(cells: pd.DataFrame) -> pd.Series:
+    """Which cells have rows, all of them of runs that diverged."""
+    return (cells["n_seeds"] == 0) & ~is_bare(cells)
+
+
 def _wrapped(text: str, inches: float) -> list[str]:
-    return textwrap.wrap(text, max(int(inches * 19), 30))
+    text = TOGETHER_IN_LINE.sub(lambda found: _bound(found[0]), text)
+    return textwrap.wrap(text, max(int(inches * 19), 30), break_on_hyphens=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import matplotlib
 import numpy as np
@@ -13,9 +13,10 @@ from matplotlib.colors import to_hex
 
 from fedsweep.manager.results import summarise
 from fedsweep.report.accuracy import accuracy_figures
+from fedsweep.report.coverage import coverage_note
 from fedsweep.report.curves import curve_figures, over_seeds
 from fedsweep.report.heatmap import heat_figures
-from fedsweep.report.labels import parameters
+from fedsweep.report.labels import pair_of, parameters
 from fedsweep.report.look import HUES, limits, scales, style
 from fedsweep.report.panels import assign
 
@@ -50,7 +51,7 @@ def legend_words(figure):
 
 
 def caption(figure):
-    return figure.get_supxlabel().replace("\n", " ")
+    return figure.get_supxlabel().replace("\n", " ").replace("\u00a0", " ")
 
 
 @pytest.fixture
@@ -105,17 +106,83 @@ def no_alpha(make_rows, without):
     return rows[~lost], without(rows, lost)
 
 
-def test_cells_without_a_result_are_circles_on_the_axis_and_named(no_alpha):
+def marks(axes, marker):
+    """The lines of some axes that are marks of cells without a mean."""
+    return [line for line in axes.get_lines() if line.get_markerfacecolor() == "none" and line.get_marker() == marker]
+
+
+def box(axes, x, y):
+    """Where in its figure a place of the axes is: x as in the data, y as a share of the axes."""
+    return axes.get_xaxis_transform().transform((x, y))
+
+
+def test_cells_without_a_result_are_circles_below_all_values_and_named(no_alpha):
     _, cells = no_alpha
     [figure] = accuracy_of(cells)
-    circles = [line for line in figure.axes[0].get_lines() if line.get_markerfacecolor() == "none"]
+    [axes] = figure.axes
+    circles = marks(axes, "o")
     assert [line.get_xdata().tolist() for line in circles] == [[0, 0.3], [0, 0.3]]
-    assert {line.get_marker() for line in circles} == {"o"}
+    assert [to_hex(line.get_color()).upper() for line in circles] == [HUES[0], HUES[2]]
     assert legend_words(figure) == ["aggregator", "FedAvg", "median", "α", "0.1", "100"]
     assert caption(figure) == (
         "digits, CNN, width 8, depth 1, label flip, order shuffle, batch size 32. 3 seeds; bands: 95 % confidence "
         "interval. 12 of 24 runs have no result (12 failed): all with α = 0.1 (○: cell without a result)"
     )
+
+
+def test_no_mark_lies_on_another_on_a_value_or_on_the_axis(make_rows, without):
+    grid = {"alpha": [0.1, 1.0], "aggregator": ["fedavg", "median"], "poison_ratio": [0.0, 0.3]}
+    grid["poison_type"] = ["label_flip", "random_noise"]
+    rows = make_rows(grid)
+    lost = rows["poison_ratio"] == 0.3
+    rows.loc[lost & (rows["alpha"] == 1), ["outcome", "mean_test_acc"]] = ["diverged", np.nan]
+    rows.loc[~lost, "mean_test_acc"] = [0.0, 0.01, 0.02] * 8  # the least values there are
+    [figure] = accuracy_of(without(rows, lost & (rows["alpha"] == 0.1)))
+    figure.canvas.draw()
+    apart = 0
+    for axes in figure.axes:
+        every = [line for marker in "ox" for line in marks(axes, marker)]
+        spots = [tuple(box(axes, *xy)) for line in every for xy in zip(*line.get_data(), strict=True)]
+        apart += len(spots)
+        gap = 72 / figure.dpi  # in pixels, of a point
+        distances = [math.dist(one, other) * gap for one, other in combinations(spots, 2)]
+        size = every[0].get_markersize()
+        assert min(distances, default=size) >= size
+        assert min(y for _, y in spots) - axes.bbox.y0 >= size / 2 / gap
+        least = axes.transData.transform((0, 0))[1]
+        assert max(y for _, y in spots) + size / 2 / gap < least
+        assert all(tick >= -1 for tick in axes.get_yticks())  # no value is written beside the strip
+    assert apart == 8
+
+
+def test_the_strip_stays_small_with_many_lines_and_hides_no_mean(make_rows, without):
+    rows = make_rows({"width_factor": list(range(1, 25)), "poison_ratio": [0.0, 0.3]}, seeds=(1,))
+    [figure] = accuracy_of(without(rows, rows["poison_ratio"] == 0.3))
+    [axes] = figure.axes
+    heights = sorted(line.get_ydata()[0] for line in marks(axes, "o"))
+    assert len(set(heights)) == 24
+    assert 0 < heights[0] < heights[-1] < 0.34
+    [strip] = [each for each in axes.patches]
+    lowest = min(np.nanmin(line.get_ydata()) for line in axes.get_lines() if line not in marks(axes, "o"))
+    figure.canvas.draw()
+    foot = axes.transData.transform((0, lowest))[1]
+    assert foot > strip.get_window_extent().y1
+
+
+def test_without_such_cells_there_is_no_strip(small):
+    [figure] = accuracy(small)
+    assert list(figure.axes[0].patches) == []
+
+
+def test_a_mark_is_explained_only_where_it_is_drawn(make_rows, without, monkeypatch):
+    monkeypatch.setattr("fedsweep.report.accuracy.PANELS_ON_A_PAGE", 1)
+    monkeypatch.setattr("fedsweep.report.panels.COLUMNS", 1)
+    grid = {"alpha": [0.1, 1.0], "aggregator": ["fedavg", "median"], "poison_ratio": [0.0, 0.3]}
+    rows = make_rows(grid | {"poison_type": ["label_flip", "random_noise"]})
+    rows.loc[(rows["alpha"] == 1) & (rows["seed"] == 1), ["outcome", "mean_test_acc"]] = ["diverged", np.nan]
+    first, second = accuracy_of(without(rows, (rows["alpha"] == 0.1) & (rows["poison_ratio"] == 0.3)))
+    assert [("○" in caption(each), "×" in caption(each)) for each in (first, second)] == [(True, False), (False, False)]
+    assert "8 diverged runs left out. 12 of 48 runs have no result" in caption(second)
 
 
 def test_curves_say_which_cells_have_no_result(no_alpha, make_history):
@@ -124,7 +191,28 @@ def test_curves_say_which_cells_have_no_result(no_alpha, make_history):
     [figure] = curve_figures("attack", cells, rounds, scales([cells]))
     assert [axes.get_title() for axes in figure.axes] == ["α = 100", ""]
     assert "α" not in caption(figure).partition(". ")[0]
-    assert "12 of 24 runs have no result (12 failed): all with α = 0.1" in caption(figure)
+    assert caption(figure).endswith(
+        "12 of 24 runs have no result (12 failed): all with α = 0.1 (a cell without a result has no curve)"
+    )
+    assert "○" not in caption(figure)
+
+
+def test_the_legend_of_the_curves_names_what_has_none(make_rows, without, make_history):
+    rows = make_rows({"aggregator": ["fedavg", "median"], "poison_ratio": [0.0, 0.3]})
+    lost = rows["aggregator"] == "median"
+    cells, rounds = without(rows, lost), rounds_of(rows[~lost], make_history(rows[~lost]))
+    [figure] = curve_figures("attack", cells, rounds, scales([cells]))
+    assert legend_words(figure) == ["poison ratio ρ", "0", "0.3", "aggregator", "FedAvg", "median (no result)"]
+    assert [len(drawn(axes)) for axes in figure.axes] == [2, 2]
+
+
+def test_curves_of_diverged_runs_explain_no_cross(make_rows, make_history):
+    rows = make_rows({"poison_ratio": [0.0, 0.3]})
+    rows.loc[rows["poison_ratio"] == 0.3, ["outcome", "mean_test_acc"]] = ["diverged", np.nan]
+    [figure] = curve_figures("attack", summarise(rows), rounds_of(rows, make_history(rows)), scales([rows]))
+    assert caption(figure).endswith(
+        "3 diverged runs left out (a cell of which all diverged has its curve while that is finite)"
+    )
 
 
 def test_a_field_of_the_map_without_a_result_is_a_circle(make_rows, without):
@@ -140,6 +228,106 @@ def test_one_seed_has_no_band_and_says_so(make_rows):
     [figure] = accuracy(make_rows({"poison_ratio": [0.0, 0.3]}, seeds=(1,)))
     assert bands(figure.axes[0]) == []
     assert caption(figure).endswith("batch size 32. 1 seed")
+
+
+def test_where_some_points_have_one_seed_the_caption_says_so(make_rows, without, make_history):
+    rows = make_rows({"poison_ratio": [0.0, 0.2, 0.4]}, seeds=(1, 2, 3, 4))
+    lost = (rows["poison_ratio"] == 0.4) & (rows["seed"] > 1)
+    [figure] = accuracy_of(without(rows, lost))
+    assert "1 to 4 seeds; bands: 95 % confidence interval; no band where there is one seed. 3 of 12 " in caption(figure)
+    [figure] = accuracy_of(without(rows, lost & (rows["seed"] > 2)))
+    assert "2 to 4 seeds; bands: 95 % confidence interval. 2 of 12 " in caption(figure)
+    rows.loc[lost, ["outcome", "mean_test_acc"]] = ["diverged", np.nan]  # no part of the mean, like one that failed
+    [figure] = accuracy(rows)
+    assert "1 to 4 seeds; bands: 95 % confidence interval; no band where there is one seed. 3 diverged " in caption(
+        figure
+    )
+
+
+def test_bars_and_deviations_are_not_called_bands(make_rows, without):
+    rows = make_rows({"aggregator": ["fedavg", "median"], "poison_type": ["label_flip", "random_noise"]})
+    [figure] = accuracy_of(without(rows, (rows["aggregator"] == "median") & (rows["seed"] > 1)))
+    assert "1 to 3 seeds; bars: 95 % confidence interval; no bar where there is one seed." in caption(figure)
+    rows = make_rows({"width_factor": [4, 8], "depth": [1, 2]})
+    [figure] = heat_figures("size", without(rows, (rows["depth"] == 2) & (rows["seed"] > 1)))
+    assert "1 to 3 seeds; ± standard deviation over seeds; no ± where there is one seed." in caption(figure)
+
+
+def test_a_point_with_an_interval_between_points_without_has_a_bar(make_rows, without):
+    rows = make_rows({"poison_ratio": [0.0, 0.2, 0.4, 0.6, 0.8]})
+    [figure] = accuracy_of(without(rows, rows["poison_ratio"].isin([0.2]) & (rows["seed"] > 1)))
+    band, bar = bands(figure.axes[0])
+    assert [tuple(path.vertices[:, 0]) for path in bar.get_paths()] == [(0, 0)]
+    assert {x for path in band.get_paths() for x in path.vertices[:, 0]} == {0.4, 0.6, 0.8}
+
+
+@pytest.mark.parametrize("dataset", ["parquet:" + "d" * length for length in range(3, 43, 4)])
+def test_no_line_of_the_caption_ends_within_a_name_and_its_value(make_rows, without, dataset):
+    rows = make_rows({"alpha": [0.01, 0.1, 1.0], "poison_ratio": [0.0, 0.25]}, dataset=dataset, poison_label=3)
+    lost = (rows["alpha"] == 0.01) | ((rows["poison_ratio"] == 0.25) & (rows["seed"] == 2))
+    [figure] = accuracy_of(without(rows, lost))
+    lines = figure.get_supxlabel().replace("\u00a0", " ").split("\n")
+    assert len(lines) > 3
+    for words in ("95\u00a0%", "1\u00a0of\u00a03", "(○:\u00a0cell"):
+        assert words in figure.get_supxlabel()
+    for words in (
+        "width 8",
+        "depth 1",
+        "batch size 32",
+        "α = 0.01",
+        "α = 0.1",
+        "ρ = 0.25",
+        "2 to 3 seeds",
+        "1 of 3",
+        "○: cell",
+    ):
+        assert any(words in line for line in lines)
+        assert caption(figure).count(words) == sum(line.count(words) for line in lines)
+
+
+@pytest.fixture
+def four_seeds(make_rows):
+    grid = {"alpha": [0.07, 100.0], "width_factor": [4, 8], "poison_ratio": [0.0, 0.3]}
+    return make_rows(grid, seeds=(1, 2, 3, 4))
+
+
+def note(cells):
+    """What the sentence on what is missing says after its count."""
+    return coverage_note(cells, pair_of).partition(": ")[2]
+
+
+def test_cells_that_lack_the_same_are_told_together(four_seeds, without):
+    rows = four_seeds
+    rough, few, wide, poisoned = (
+        rows["alpha"] == 0.07,
+        rows["seed"] > 1,
+        rows["width_factor"] == 8,
+        rows["poison_ratio"] > 0,
+    )
+    assert note(without(rows, rough & few)) == "3 of 4 in each cell with α = 0.07"
+    assert note(without(rows, rough & wide & few)) == "3 of 4 in each cell with width 8, α = 0.07"
+    assert note(without(rows, rough & wide & poisoned & few)) == "3 of 4 with width 8, ρ = 0.3, α = 0.07"
+    assert note(without(rows, few)) == "3 of 4 in each cell"
+    mixed = (rough & few) | (~rough & (rows["seed"] == 1))
+    assert note(without(rows, mixed)) == "3 of 4 in each cell with α = 0.07; 1 of 4 in each cell with α = 100"
+
+
+def test_a_value_is_not_said_of_cells_that_lack_another_number(four_seeds, without):
+    rows = four_seeds
+    rough, wide, poisoned = rows["alpha"] == 0.07, rows["width_factor"] == 8, rows["poison_ratio"] > 0
+    assert note(without(rows, rough & (wide | (rows["seed"] > 1)))) == (
+        "all with width 8, α = 0.07; 3 of 4 in each cell with width 4, α = 0.07"
+    )
+    last = rough & wide & poisoned
+    assert note(without(rows, rough & (rows["seed"] > 1) & ~(last & (rows["seed"] == 2)))) == (
+        "3 of 4 in each cell with width 4, α = 0.07; 3 of 4 in each cell with ρ = 0, α = 0.07; "
+        "2 of 4 with width 8, ρ = 0.3, α = 0.07"
+    )
+
+
+def test_of_one_cell_alone_the_count_says_all(make_rows, without):
+    rows = make_rows({})
+    assert coverage_note(without(rows, rows["seed"] == 1), pair_of) == "1 of 3 runs has no result (1 failed)"
 
 
 def test_every_cell_has_its_line_colour_by_one_parameter_and_dashes_by_another(make_rows):
@@ -223,7 +411,7 @@ def test_words_have_the_same_colour_in_every_report(make_rows):
     assert [to_hex(line.get_color()).upper() for line in drawn(figure.axes[0])] == [HUES[1], HUES[2]]
 
 
-def test_diverged_cells_are_crosses_on_the_axis_and_gaps_in_the_line(small):
+def test_diverged_cells_are_crosses_below_the_values_and_gaps_in_the_line(small):
     lost = small["poison_ratio"] == 0.2
     small.loc[lost, "outcome"] = "diverged"
     small.loc[lost, ["mean_test_acc", "mean_val_acc"]] = np.nan
@@ -438,6 +626,9 @@ def test_a_loss_of_many_sizes_has_a_logarithmic_axis(make_rows, make_history):
     rounds.loc[rounds["poison_ratio"] == 0.4, "val_loss"] *= 100
     [figure] = curve_figures("attack", summarise(rows), rounds, scales([rows]))
     assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log"]
+    assert [axes.get_ylabel().replace("\n", " ") for axes in figure.axes] == [
+        "Validation accuracy (%)", "Validation loss (nats, log scale)",
+    ]  # fmt: skip
 
 
 def test_wide_bands_do_not_dwarf_the_curves(make_rows, make_history):
