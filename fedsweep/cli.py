@@ -360,10 +360,10 @@ def cancel(
     insecure_plaintext: ClientPlaintext = False,
     state_dir: StateDir = Path(".fedsweep"),
 ) -> None:
-    """Do not run these tasks. What is running is dropped; what is complete stays; `fedsweep retry` brings them back.
+    """Do not run these tasks. What is running is dropped; what is complete stays.
 
-    Of a phase those tasks are meant that no other phase asks for. They count as failed, with the cause "cancelled",
-    so that the sweep can end without them.
+    Of a phase those tasks are meant that no other phase asks for. The sweep can end without them, with exit status 1.
+    `fedsweep retry cancelled` brings all of them back, `fedsweep retry` with their names some.
     """
     from fedsweep.control import cancel as cancel_tasks
 

@@ -187,6 +187,8 @@ def retry(sweep: Sweep, names: Sequence[str]) -> str:
     """Let failed tasks be tried again; what came of it, in words."""
     answered = sweep.ask({"type": "retry", "names": list(names)})
     words = f"{_tasks(answered['retried'])} will be tried again (where nothing runs, once the sweep is started again)"
+    if not answered["retried"]:
+        words = "Nothing to try again"
     if answered["cancelled"]:
         words += f"; {answered['cancelled']} cancelled stay so (`fedsweep retry cancelled` brings them back)"
     return words + "."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedsweep.control import Sweep, ask_failures, show_failures
+from fedsweep.control import Sweep, ask_failures, retry, show_failures
 from fedsweep.manager import ExperimentManager
 from fedsweep.repeat import repeat
+from fedsweep.run import _not_complete
 
 GRID = "p: {combinations: [{width_factor: [1, 2]}]}"
 TASK = {"task_id": "p_0_42", "seed": 42}
@@ -73,6 +75,46 @@ def test_a_sweep_at_rest_tries_nothing_again_by_itself(tmp_path, monkeypatch):
         manager.mark_failed(task["task_id"], "w", "ValueError: no")
     found = ask_failures(Sweep(tmp_path / ".fedsweep"))
     assert (found["groups"][0]["open"], found["hands_out"]) == (1, False)
+
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch) -> ExperimentManager:
+    """A sweep of four tasks at rest: two failed for good of one cause, two were cancelled."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("bad: {combinations: [{alpha: [1, 2]}]}\ngone: {combinations: [{alpha: [3, 4]}]}")
+    manager = ExperimentManager(["a.yaml"])
+    manager.generate_all_tasks()
+    manager.sweep.cancel(["gone"])
+    while task := manager.get_next_task("w"):
+        manager.mark_failed(task["task_id"], "w", f"ValueError: {task['config']['alpha']} is\nnot\nenough")
+    manager.close()
+    return manager
+
+
+def test_the_end_of_a_run_tells_each_cause_once_and_the_cancelled_apart(swept):
+    with swept as manager:
+        status = manager.get_status()
+    assert [each["task_id"] for each in status["failures"]] == ["bad_0_42", "bad_1_42"]
+    assert _not_complete(status, swept.state_dir).splitlines() == [
+        "2 experiments failed for good:",
+        "  2, such as bad_0_42: enough",
+        "`fedsweep failures` says more, `fedsweep retry` lets them be tried again.",
+        "Each has a log in its output folder's logs/; those of the workers are in .fedsweep/logs.",
+        "2 experiments (gone_0_42, gone_1_42) were cancelled; `fedsweep retry cancelled` brings them back.",
+    ]
+    elsewhere = _not_complete({"failed": 1, "cancelled": 1}, Path("my state"))
+    assert elsewhere == "1 experiment was cancelled; `fedsweep retry cancelled --state-dir 'my state'` brings it back."
+
+
+def test_a_retry_says_plainly_that_there_is_nothing_to_try(swept):
+    sweep = Sweep(swept.state_dir)
+    hint = "; 2 cancelled stay so (`fedsweep retry cancelled` brings them back)."
+    assert retry(sweep, []) == (
+        f"2 tasks will be tried again (where nothing runs, once the sweep is started again){hint}"
+    )
+    assert retry(sweep, []) == f"Nothing to try again{hint}"
+    assert retry(sweep, ["cancelled"]).startswith("2 tasks will be tried again")
+    assert retry(sweep, []) == "Nothing to try again."
 
 
 # ---- repeat

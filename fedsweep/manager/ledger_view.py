@@ -11,6 +11,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from fedsweep.errors import StateError
+from fedsweep.manager.failures import CANCELLED_ERROR
 from fedsweep.manager.records import Counts, History, Row, Status, Task, UnknownTask
 
 
@@ -89,10 +90,11 @@ class LedgerView:
         return [row["signature"] for row in self._db.execute(query)]
 
     def failed(self, limit: int = 20) -> list[tuple[str, str]]:
-        """Id and last error of the present tasks that failed for good, the first ones of them."""
+        """Id and last error of the present tasks that failed for good, the first ones of them; not the cancelled."""
         rows = self._db.execute(
-            "SELECT task_id, last_error FROM tasks WHERE status = 'failed' AND orphaned = 0 ORDER BY position LIMIT ?",
-            (limit,),
+            "SELECT task_id, last_error FROM tasks WHERE status = 'failed' AND orphaned = 0 AND last_error IS NOT ? "
+            "ORDER BY position LIMIT ?",
+            (CANCELLED_ERROR, limit),
         )
         return [(row["task_id"], row["last_error"] or "") for row in rows]
 

@@ -409,6 +409,7 @@ class ExperimentManager:
         with self.lock:
             self.sweep.projection.flush()
             counts = self.sweep.ledger.view.counts()
+            cancelled = self.sweep.ledger.failures.cancelled()
             folders = self.sweep.ledger.view.output_dirs()
         if self.stops < 2:
             self.sweep.write_outputs()
@@ -419,7 +420,10 @@ class ExperimentManager:
             log.warning("%s: the last status could not be written: %s", self.state_dir, error)
         left = counts.pending + counts.assigned
         further = "; the same command goes on from there" if left else ""
-        log.info("%d complete, %d failed, %d left%s", counts.complete, counts.failed, left, further)
+        not_run = f", {cancelled} cancelled" if cancelled else ""
+        log.info(
+            "%d complete, %d failed%s, %d left%s", counts.complete, counts.failed - cancelled, not_run, left, further
+        )
         if counts.complete:
             log.info(report_words([folder for folder, is_active in folders.items() if is_active]))
         if not counts.is_terminal:

@@ -27,6 +27,12 @@ def test_a_line_without_failures_and_without_a_time_to_tell(seconds):
     assert "time left" not in shown(STATUS)
 
 
+def test_the_cancelled_are_told_apart_from_the_failed():
+    status = STATUS | {"failed": 3, "cancelled": 2, "total": 13}
+    assert plain_line(status).endswith("pending 5 · failed 1 · cancelled 2")
+    assert "failed 1 · cancelled 2" in shown(status)
+
+
 @pytest.mark.parametrize(
     ("count", "words"),
     [
