@@ -145,6 +145,7 @@ def plan(
     configs: Configs,
     device: Device = "auto",
     data_dir: DataDir = None,
+    state_dir: StateDir = Path(".fedsweep"),
     max_tasks: MaxTasks = 1_000_000,
     allow_output_root: AllowOutputRoot = None,
     probe: Annotated[
@@ -152,11 +153,15 @@ def plan(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Say how many experiments a sweep has, how many are duplicates or done, and what it will cost. Nothing runs."""
+    """Say how many experiments a sweep has, how many are duplicates or done, and what it will cost. Nothing runs.
+
+    What failed for good, or was cancelled, is known from the ledger in the state directory.
+    """
     from fedsweep.planning import make_plan, show_plan
 
     made = make_plan(
         configs,
+        state_dir=state_dir,
         data_dir=data_dir,
         device=device,
         max_tasks=max_tasks,
@@ -164,7 +169,7 @@ def plan(
         with_probe=probe,
         quiet=as_json,
     )
-    show_plan(made, as_json=as_json)
+    show_plan(made, as_json=as_json, option=_state_option(None, None, None, state_dir))
 
 
 @app.command()

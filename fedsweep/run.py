@@ -23,10 +23,10 @@ from fedsweep.errors import FedsweepError, ManagerUnreachable, StateError, Usage
 from fedsweep.files import read_word
 from fedsweep.launch.local import WRONG_USAGE, LocalSweep
 from fedsweep.manager import file_systems
-from fedsweep.manager.at_rest import failed_groups, is_cancelled
+from fedsweep.manager.at_rest import failed_groups, is_cancelled, standing
 from fedsweep.manager.failures import Group
 from fedsweep.manager.output_roots import check_output_dirs
-from fedsweep.manager.records import PlanChange
+from fedsweep.manager.records import orphans_words
 from fedsweep.manager.results import finished_signatures
 from fedsweep.manager.sources import read_sources, split_arguments
 from fedsweep.manager.state_dir import STATUS_FILE, refuse_if_held
@@ -200,7 +200,9 @@ def _watch(sweep: LocalSweep, request: RunRequest, say: Callable[[str], object])
     status: dict[str, Any] = {}
     try:
         sweep.start()
-        _say_what_is_not_run(_status_or_none(sweep, request.state_dir) or {}, say)
+        has_ended = sweep.manager.returncode in (0, 1)  # it had nothing to do
+        first = _last_status(request.state_dir) if has_ended else _status_or_none(sweep, request.state_dir)
+        _say_what_is_not_run(first or {}, say)
         if sweep.address.pin is not None:
             say(f"Workers elsewhere: fedsweep worker --token-file TOKEN --join '{sweep.address.for_others()}'")
         with choose(quiet=request.quiet, as_json=request.as_json) as display:
@@ -219,8 +221,7 @@ def _watch(sweep: LocalSweep, request: RunRequest, say: Callable[[str], object])
 
 
 def _say_what_is_not_run(status: Mapping[str, Any], say: Callable[[str], object]) -> None:
-    change = status.get("config_change")
-    if change and (words := PlanChange(**change).not_run):
+    if words := orphans_words(status.get("orphaned", 0)):
         say(f"{words}.")
 
 
@@ -347,9 +348,20 @@ def ask_manager(
     if address is None:
         raise ManagerUnreachable(
             f"no manager is running on {state_dir}; name another --state-dir, or its address by --manager HOST:PORT"
+            f"{_as_it_stands(state_dir)}"
         )
     token = read_token(token_file or state_dir / "token")
     return _ask(message, address, token, timeout, insecure_plaintext=insecure_plaintext)
+
+
+def _as_it_stands(state_dir: Path) -> str:
+    """How far a sweep is that no manager runs, on a line of its own; empty where that is not known."""
+    try:
+        found = standing(state_dir)
+    except StateError:  # none, or `fedsweep doctor` says what is wrong with it
+        return ""
+    next_step = "; the command that started it goes on from there" if not found.counts.is_terminal else ""
+    return f"\nAs it was left on {found.seen_at:%d %b %H:%M}: {found}{next_step}."
 
 
 def _ask(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedsweep.control import Sweep, ask_failures, retry, show_failures
+from fedsweep.errors import ManagerUnreachable
 from fedsweep.manager import ExperimentManager
 from fedsweep.repeat import repeat
-from fedsweep.run import _not_complete
+from fedsweep.run import _not_complete, _say_what_is_not_run, ask_status
 
 GRID = "p: {combinations: [{width_factor: [1, 2]}]}"
 TASK = {"task_id": "p_0_42", "seed": 42}
@@ -77,20 +79,6 @@ def test_a_sweep_at_rest_tries_nothing_again_by_itself(tmp_path, monkeypatch):
     assert (found["groups"][0]["open"], found["hands_out"]) == (1, False)
 
 
-@pytest.fixture
-def swept(tmp_path, monkeypatch) -> ExperimentManager:
-    """A sweep of four tasks at rest: two failed for good of one cause, two were cancelled."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.yaml").write_text("bad: {combinations: [{alpha: [1, 2]}]}\ngone: {combinations: [{alpha: [3, 4]}]}")
-    manager = ExperimentManager(["a.yaml"])
-    manager.generate_all_tasks()
-    manager.sweep.cancel(["gone"])
-    while task := manager.get_next_task("w"):
-        manager.mark_failed(task["task_id"], "w", f"ValueError: {task['config']['alpha']} is\nnot\nenough")
-    manager.close()
-    return manager
-
-
 def test_the_end_of_a_run_tells_each_cause_once_and_the_cancelled_apart(swept):
     with swept as manager:
         status = manager.get_status()
@@ -115,6 +103,35 @@ def test_a_retry_says_plainly_that_there_is_nothing_to_try(swept):
     assert retry(sweep, []) == f"Nothing to try again{hint}"
     assert retry(sweep, ["cancelled"]).startswith("2 tasks will be tried again")
     assert retry(sweep, []) == "Nothing to try again."
+
+
+def test_status_at_rest_says_how_the_sweep_was_left(swept, fedsweep):
+    done = fedsweep("status")
+    assert (done.returncode, done.stdout) == (1, "")
+    first, how_far = done.stderr.splitlines()
+    assert first.startswith("fedsweep: no manager is running on .fedsweep; name another --state-dir")
+    assert re.fullmatch(
+        r"As it was left on \d\d \w+ \d\d:\d\d: 0 of 4 experiments complete, 2 failed for good, 2 cancelled\.", how_far
+    )
+    retry(Sweep(swept.state_dir), [])
+    with pytest.raises(ManagerUnreachable, match="2 cancelled, 2 still to be run; the command that started it goes on"):
+        ask_status(swept.state_dir)
+
+
+def test_what_the_configuration_does_not_ask_for_is_counted_in_full_each_time(swept, caplog):
+    caplog.set_level("INFO")
+    for alpha, count in (("1, 2", 2), ("1", 3)):
+        expected = f"{count} experiments of an earlier configuration are kept, with all results, but not run"
+        (swept.state_dir.parent / "a.yaml").write_text(f"bad: {{combinations: [{{alpha: [{alpha}]}}]}}")
+        for _ in range(2):  # the second finds nothing to change
+            caplog.clear()
+            with ExperimentManager(["a.yaml"], state_dir=swept.state_dir) as manager:
+                assert manager.start() == 1
+                status = manager.get_status()
+            assert expected in caplog.text
+            said: list[str] = []
+            _say_what_is_not_run(status, said.append)
+            assert said == [f"{expected}."]
 
 
 # ---- repeat

@@ -24,7 +24,7 @@ from fedsweep.manager.fleet import LIVE_S
 from fedsweep.manager.gathering import CHANGING, Gathering
 from fedsweep.manager.output_roots import check_known_dirs, check_output_dirs
 from fedsweep.manager.protocol import Request
-from fedsweep.manager.records import PlanChange, Verdict
+from fedsweep.manager.records import PlanChange, Verdict, orphans_words
 from fedsweep.manager.refresher import Refresher
 from fedsweep.manager.server import serve_connection
 from fedsweep.manager.sources import read_sources
@@ -249,7 +249,9 @@ class ExperimentManager:
     def _note(self, change: PlanChange) -> None:
         with self.lock:
             self.sweep.ledger.set_meta("plan_change", json.dumps(change.as_dict()))
-        log.info("%d experiments: %s", change.added + change.kept + change.restored, change)
+            orphaned = self.sweep.ledger.view.counts().orphaned
+        words = "; ".join(filter(None, (str(change), orphans_words(orphaned))))
+        log.info("%d experiments: %s", change.added + change.kept + change.restored, words)
 
     @staticmethod
     def _create_task_signature(config: Mapping[str, Any]) -> str:
