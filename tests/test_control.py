@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedsweep.control import Sweep, ask_failures, retry, show_failures
+from fedsweep.control import Sweep, ask_failures, end, retry, show_failures
 from fedsweep.errors import ManagerUnreachable
 from fedsweep.manager import ExperimentManager
 from fedsweep.repeat import repeat
@@ -103,6 +103,37 @@ def test_a_retry_says_plainly_that_there_is_nothing_to_try(swept):
     assert retry(sweep, []) == f"Nothing to try again{hint}"
     assert retry(sweep, ["cancelled"]).startswith("2 tasks will be tried again")
     assert retry(sweep, []) == "Nothing to try again."
+
+
+class Running:
+    """Stands in for a sweep that runs."""
+
+    def __init__(self, **answered: Any) -> None:
+        self.answered = answered
+
+    def ask_running(self, message: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "ack"} | self.answered
+
+
+@pytest.mark.parametrize(
+    ("answered", "words"),
+    [
+        (
+            {"workers": 2, "tasks": 24, "lease_s": 120.0},
+            " Waiting for 2 workers with 24 tasks; a worker without a sign is given up after 120 s; "
+            "`fedsweep stop` ends now.",
+        ),
+        ({"workers": 0, "tasks": 0, "lease_s": 120.0}, ""),
+        ({}, ""),  # of a manager that does not say
+    ],
+)
+def test_a_drain_says_whom_it_waits_for_and_how_long_at_most(answered, words):
+    said = end(Running(**answered), "drain")
+    assert said == (
+        f"Workers finish what they hold and get nothing more; then all ends.{words} "
+        "Everything finished is kept; the command that started the sweep goes on from there."
+    )
+    assert "Waiting" not in end(Running(**answered), "stop")
 
 
 def test_status_at_rest_says_how_the_sweep_was_left(swept, fedsweep):

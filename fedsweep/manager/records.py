@@ -66,6 +66,15 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A worker with open attempts."""
+
+    worker_id: str
+    tasks: int  # that it holds
+    lease_s: float  # after so long without a sign of it they are taken back
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A cell and the result of its task: what one line of a CSV is made from."""
 

@@ -177,7 +177,7 @@ def _counts(status: Mapping[str, Any]) -> Text:
 def _workers(status: Mapping[str, Any]) -> list[Table | Text]:
     workers = sorted(status.get("workers", ()), key=lambda worker: str(worker["worker_id"]))
     if not workers:
-        return [Text("waiting for workers …", "dim")]
+        return [] if status.get("done") or status.get("ending") else [Text("waiting for workers …", "dim")]
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(no_wrap=True, style="dim")
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)  # what gives way in a narrow terminal
