@@ -260,7 +260,10 @@ def status(
     state_dir: StateDir = Path(".fedsweep"),
     as_json: Json = False,
 ) -> None:
-    """Ask a running manager how its sweep is getting on."""
+    """Ask a running manager how its sweep is getting on.
+
+    Where none runs, it says how the sweep was left, with exit status 1.
+    """
     from fedsweep.run import ask_status, show_status
 
     answer = ask_status(state_dir, _one_address(manager, join), token_file, insecure_plaintext=insecure_plaintext)
