@@ -145,6 +145,7 @@ def plan(
     configs: Configs,
     device: Device = "auto",
     data_dir: DataDir = None,
+    state_dir: StateDir = Path(".fedsweep"),
     max_tasks: MaxTasks = 1_000_000,
     allow_output_root: AllowOutputRoot = None,
     probe: Annotated[
@@ -152,11 +153,15 @@ def plan(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Say how many experiments a sweep has, how many are duplicates or done, and what it will cost. Nothing runs."""
+    """Say how many experiments a sweep has, how many are duplicates or done, and what it will cost. Nothing runs.
+
+    What failed for good, or was cancelled, is known from the ledger in the state directory.
+    """
     from fedsweep.planning import make_plan, show_plan
 
     made = make_plan(
         configs,
+        state_dir=state_dir,
         data_dir=data_dir,
         device=device,
         max_tasks=max_tasks,
@@ -164,7 +169,7 @@ def plan(
         with_probe=probe,
         quiet=as_json,
     )
-    show_plan(made, as_json=as_json)
+    show_plan(made, as_json=as_json, option=_state_option(None, None, None, state_dir))
 
 
 @app.command()
@@ -255,7 +260,10 @@ def status(
     state_dir: StateDir = Path(".fedsweep"),
     as_json: Json = False,
 ) -> None:
-    """Ask a running manager how its sweep is getting on."""
+    """Ask a running manager how its sweep is getting on.
+
+    Where none runs, it says how the sweep was left, with exit status 1.
+    """
     from fedsweep.run import ask_status, show_status
 
     answer = ask_status(state_dir, _one_address(manager, join), token_file, insecure_plaintext=insecure_plaintext)
@@ -360,10 +368,10 @@ def cancel(
     insecure_plaintext: ClientPlaintext = False,
     state_dir: StateDir = Path(".fedsweep"),
 ) -> None:
-    """Do not run these tasks. What is running is dropped; what is complete stays; `fedsweep retry` brings them back.
+    """Do not run these tasks. What is running is dropped; what is complete stays.
 
-    Of a phase those tasks are meant that no other phase asks for. They count as failed, with the cause "cancelled",
-    so that the sweep can end without them.
+    Of a phase those tasks are meant that no other phase asks for. The sweep can end without them, with exit status 1.
+    `fedsweep retry cancelled` brings all of them back, `fedsweep retry` with their names some.
     """
     from fedsweep.control import cancel as cancel_tasks
 

@@ -187,6 +187,8 @@ def retry(sweep: Sweep, names: Sequence[str]) -> str:
     """Let failed tasks be tried again; what came of it, in words."""
     answered = sweep.ask({"type": "retry", "names": list(names)})
     words = f"{_tasks(answered['retried'])} will be tried again (where nothing runs, once the sweep is started again)"
+    if not answered["retried"]:
+        words = "Nothing to try again"
     if answered["cancelled"]:
         words += f"; {answered['cancelled']} cancelled stay so (`fedsweep retry cancelled` brings them back)"
     return words + "."
@@ -205,12 +207,24 @@ def cancel(sweep: Sweep, names: Sequence[str]) -> str:
 
 def end(sweep: Sweep, how: str) -> str:
     """Let a running sweep `drain` or `stop`; what will come of it, in words."""
-    sweep.ask_running({"type": how})
+    answered = sweep.ask_running({"type": how})
     what = {
         "drain": "Workers finish what they hold and get nothing more; then all ends.",
         "stop": "Workers save what they hold and give it back with their next sign of life; then all ends.",
     }
-    return f"{what[how]} Everything finished is kept; the command that started the sweep goes on from there."
+    kept = "Everything finished is kept; the command that started the sweep goes on from there."
+    return " ".join(filter(None, (what[how], _waiting(answered) if how == "drain" else "", kept)))
+
+
+def _waiting(answered: Mapping[str, Any]) -> str:
+    """Whom a drain waits for, and how long at most if it gives no sign; empty where it waits for none."""
+    if not answered.get("tasks"):
+        return ""
+    count = answered["workers"]
+    return (
+        f"Waiting for {count} worker{'s' * (count != 1)} with {_tasks(answered['tasks'])}; a worker without a sign is "
+        f"given up after {answered['lease_s']:.0f} s; `fedsweep stop` ends now."
+    )
 
 
 def _tasks(count: int) -> str:

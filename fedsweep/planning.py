@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from fedsweep.manager.at_rest import given_up
 from fedsweep.manager.output_roots import check_output_dirs
 from fedsweep.manager.results import finished_signatures
 from fedsweep.manager.sources import read_sources, split_arguments
@@ -51,13 +52,21 @@ class Plan:
     unique: int
     duplicates: int
     complete: int
+    failed: int  # for good, so that they are not run again
+    cancelled: int
     phases: dict[str, PhasePlan]
-    estimate: Estimate | None  # of what is not complete, on one worker
+    estimate: Estimate | None  # of what is still to be run, on one worker
+
+    @property
+    def waiting(self) -> int:
+        """How many experiments are still to be run."""
+        return self.unique - self.complete - self.failed - self.cancelled
 
 
 def make_plan(
     arguments: Sequence[str],
     *,
+    state_dir: Path,
     data_dir: Path | None,
     device: str,
     max_tasks: int,
@@ -65,19 +74,31 @@ def make_plan(
     with_probe: bool,
     quiet: bool,
 ) -> Plan:
-    """Count, look for finished rows, and (with_probe) time a few training steps.
+    """Count, look for finished rows and for what failed, and (with_probe) time a few training steps.
 
     Raises:
         ConfigError: the configuration is wrong.
+        StateError: there is a ledger in `state_dir`, but it cannot be read.
     """
     paths, overrides = split_arguments(arguments)
     config = parse(read_sources(paths), overrides)
     grid = expand(config, max_tasks)
     check_output_dirs(config, grid, output_roots)
     finished = finished_signatures(grid)
-    waiting = [task for task in grid.tasks if task.signature not in finished]
+    not_run = {name: cancelled for name, cancelled in given_up(state_dir).items() if name not in finished}
+    waiting = [task for task in grid.tasks if task.signature not in finished | not_run.keys()]
+    causes = [not_run[task.signature] for task in grid.tasks if task.signature in not_run]
     estimate = _estimate(waiting, data_dir, device, quiet=quiet) if with_probe and waiting else None
-    return Plan(grid.total, grid.unique, grid.duplicates, len(finished), _phases(grid, finished), estimate)
+    return Plan(
+        total=grid.total,
+        unique=grid.unique,
+        duplicates=grid.duplicates,
+        complete=len(finished),
+        failed=causes.count(False),
+        cancelled=causes.count(True),
+        phases=_phases(grid, finished),
+        estimate=estimate,
+    )
 
 
 def _phases(grid: Grid, finished: set[str]) -> dict[str, PhasePlan]:
@@ -104,15 +125,16 @@ def _estimate(tasks: Sequence[PlannedTask], data_dir: Path | None, device: str, 
         )
 
 
-def show_plan(plan: Plan, *, as_json: bool = False) -> None:
-    """Print a plan for people, or as one JSON object."""
+def show_plan(plan: Plan, *, as_json: bool = False, option: str = "") -> None:
+    """Print a plan for people, or as one JSON object; `option` is what commands need to find the state directory."""
     if as_json:
         print(json.dumps(_as_json(plan)))
         return
     console = Console()
     console.print(_phase_table(plan))
-    waiting = plan.unique - plan.complete
-    console.print(f"\n{waiting} of {plan.unique} distinct experiments are still to be run.")
+    console.print(f"\n{plan.waiting} of {plan.unique} distinct experiments are still to be run.")
+    for line in _not_run_lines(plan, option):
+        console.print(line, soft_wrap=True, markup=False)
     if plan.estimate is not None:
         for each in plan.estimate.missing:
             words = (
@@ -124,6 +146,17 @@ def show_plan(plan: Plan, *, as_json: bool = False) -> None:
             console.print(_cohort_table(plan.estimate.cohorts))
         for line in _estimate_lines(plan.estimate):
             console.print(line)
+
+
+def _not_run_lines(plan: Plan, option: str) -> list[str]:
+    lines = []
+    if plan.failed:
+        verb = "is" if plan.failed == 1 else "are"
+        lines.append(f"{plan.failed} failed for good and {verb} not run again, unless by `fedsweep retry{option}`.")
+    if plan.cancelled:
+        verb = "is" if plan.cancelled == 1 else "are"
+        lines.append(f"{plan.cancelled} {verb} cancelled, unless by `fedsweep retry cancelled{option}`.")
+    return lines
 
 
 def _phase_table(plan: Plan) -> Table:

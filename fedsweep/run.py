@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import time
@@ -18,12 +19,14 @@ from rich.table import Table
 
 from fedsweep.address import Address, known_address, parse_address
 from fedsweep.datasets import prepare
-from fedsweep.errors import FedsweepError, ManagerUnreachable, UsageError
+from fedsweep.errors import FedsweepError, ManagerUnreachable, StateError, UsageError
 from fedsweep.files import read_word
 from fedsweep.launch.local import WRONG_USAGE, LocalSweep
 from fedsweep.manager import file_systems
+from fedsweep.manager.at_rest import failed_groups, is_cancelled, standing
+from fedsweep.manager.failures import Group
 from fedsweep.manager.output_roots import check_output_dirs
-from fedsweep.manager.records import PlanChange
+from fedsweep.manager.records import orphans_words
 from fedsweep.manager.results import finished_signatures
 from fedsweep.manager.sources import read_sources, split_arguments
 from fedsweep.manager.state_dir import STATUS_FILE, refuse_if_held
@@ -37,6 +40,8 @@ from fedsweep.worker.cpus import available_cpus
 INTERRUPTED = 130
 POLL_S = 0.25
 LOCAL_HEARTBEAT_S = 1.0
+SHOWN_CAUSES = 5
+SHOWN_CANCELLED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +109,10 @@ def run_sweep(request: RunRequest) -> int:
 def _say_stopped(status: Mapping[str, Any], request: RunRequest, say: Callable[[str], object]) -> int:
     how_far = ""
     if status.keys() >= {"total", "complete", "failed"}:  # it may not have been written
-        failed = f", {status['failed']} failed" if status["failed"] else ""
-        how_far = f": {status['complete']} of {status['total']} experiments are complete{failed}"
+        cancelled = status.get("cancelled", 0)
+        counts = {"failed": status["failed"] - cancelled, "cancelled": cancelled}
+        others = "".join(f", {count} {word}" for word, count in counts.items() if count)
+        how_far = f": {status['complete']} of {status['total']} experiments are complete{others}"
     say(
         f"Stopped{how_far}. What has finished, and the rounds of what was running, are kept in {request.state_dir}; "
         "the same command goes on from there."
@@ -193,7 +200,9 @@ def _watch(sweep: LocalSweep, request: RunRequest, say: Callable[[str], object])
     status: dict[str, Any] = {}
     try:
         sweep.start()
-        _say_what_is_not_run(_status_or_none(sweep, request.state_dir) or {}, say)
+        has_ended = sweep.manager.returncode in (0, 1)  # it had nothing to do
+        first = _last_status(request.state_dir) if has_ended else _status_or_none(sweep, request.state_dir)
+        _say_what_is_not_run(first or {}, say)
         if sweep.address.pin is not None:
             say(f"Workers elsewhere: fedsweep worker --token-file TOKEN --join '{sweep.address.for_others()}'")
         with choose(quiet=request.quiet, as_json=request.as_json) as display:
@@ -212,8 +221,7 @@ def _watch(sweep: LocalSweep, request: RunRequest, say: Callable[[str], object])
 
 
 def _say_what_is_not_run(status: Mapping[str, Any], say: Callable[[str], object]) -> None:
-    change = status.get("config_change")
-    if change and (words := PlanChange(**change).not_run):
+    if words := orphans_words(status.get("orphaned", 0)):
         say(f"{words}.")
 
 
@@ -249,16 +257,50 @@ def _finish(grid: Grid, status: Mapping[str, Any], request: RunRequest, seconds:
             print(words)
         print(f"Finished in {duration(seconds)}.")
     if code == 1:
-        print(_failures(status, request.state_dir), file=sys.stderr)
+        print(_not_complete(status, request.state_dir), file=sys.stderr)
 
 
-def _failures(status: Mapping[str, Any], state_dir: Path) -> str:
-    count = status.get("failed", 0)
-    lines = [f"{count} experiment{'s' * (count != 1)} failed for good:"]
-    lines += [f"  {failure['task_id']}: {failure['error']}" for failure in status.get("failures", ())]
-    lines.append(f"Each has a log in its output folder's logs/; those of the workers are in {state_dir}/logs.")
-    lines.append("`fedsweep failures` tells causes apart, `fedsweep retry` lets them be tried again.")
+def _not_complete(status: Mapping[str, Any], state_dir: Path) -> str:
+    """What failed for good, one line for each cause, and what was cancelled."""
+    cancelled = status.get("cancelled", 0)
+    failed = status.get("failed", 0) - cancelled
+    try:
+        groups = failed_groups(state_dir)
+    except StateError:  # the counts are known all the same
+        groups = []
+    option = state_option(state_dir)
+    lines = []
+    if failed:
+        causes = [group for group in groups if not is_cancelled(group)]
+        lines.append(f"{_experiments(failed)} failed for good:")
+        lines += [f"  {_some_task(each)}: {each.cause}" for each in causes[:SHOWN_CAUSES]]
+        if more := len(causes[SHOWN_CAUSES:]):
+            lines.append(f"  and {more} more cause{'s' * (more != 1)}")
+        lines.append(f"`fedsweep failures{option}` says more, `fedsweep retry{option}` lets them be tried again.")
+        lines.append(f"Each has a log in its output folder's logs/; those of the workers are in {state_dir}/logs.")
+    if cancelled:
+        names = [name for group in groups if is_cancelled(group) for name in group.task_ids][:SHOWN_CANCELLED]
+        more_names = [f"{cancelled - len(names)} more"] if names and cancelled > len(names) else []
+        which = f" ({', '.join([*names, *more_names])})" if names else ""
+        verb, them = ("was", "it") if cancelled == 1 else ("were", "them")
+        lines.append(
+            f"{_experiments(cancelled)}{which} {verb} cancelled; `fedsweep retry cancelled{option}` brings {them} back."
+        )
     return "\n".join(lines)
+
+
+def _some_task(group: Group) -> str:
+    """How many tasks failed so, and one of them."""
+    return group.task_ids[0] if group.failed == 1 else f"{group.failed}, such as {group.task_ids[0]}"
+
+
+def _experiments(count: int) -> str:
+    return f"{count} experiment{'s' * (count != 1)}"
+
+
+def state_option(state_dir: Path) -> str:
+    """What a command needs to find this state directory."""
+    return "" if state_dir == Path(".fedsweep") else f" --state-dir {shlex.quote(str(state_dir))}"
 
 
 def ask_status(
@@ -306,9 +348,20 @@ def ask_manager(
     if address is None:
         raise ManagerUnreachable(
             f"no manager is running on {state_dir}; name another --state-dir, or its address by --manager HOST:PORT"
+            f"{_as_it_stands(state_dir)}"
         )
     token = read_token(token_file or state_dir / "token")
     return _ask(message, address, token, timeout, insecure_plaintext=insecure_plaintext)
+
+
+def _as_it_stands(state_dir: Path) -> str:
+    """How far a sweep is that no manager runs, on a line of its own; empty where that is not known."""
+    try:
+        found = standing(state_dir)
+    except StateError:  # none, or `fedsweep doctor` says what is wrong with it
+        return ""
+    next_step = "; the command that started it goes on from there" if not found.counts.is_terminal else ""
+    return f"\nAs it was left on {found.seen_at:%d %b %H:%M}: {found}{next_step}."
 
 
 def _ask(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fedsweep.manager import ExperimentManager
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -37,3 +39,17 @@ def fedsweep(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return command
+
+
+@pytest.fixture
+def swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentManager:
+    """A sweep of four tasks at rest: two failed for good of one cause, two were cancelled."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("bad: {combinations: [{alpha: [1, 2]}]}\ngone: {combinations: [{alpha: [3, 4]}]}")
+    manager = ExperimentManager(["a.yaml"])
+    manager.generate_all_tasks()
+    manager.sweep.cancel(["gone"])
+    while task := manager.get_next_task("w"):
+        manager.mark_failed(task["task_id"], "w", f"ValueError: {task['config']['alpha']} is\nnot\nenough")
+    manager.close()
+    return manager

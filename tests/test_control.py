@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedsweep.control import Sweep, ask_failures, show_failures
+from fedsweep.control import Sweep, ask_failures, end, retry, show_failures
+from fedsweep.errors import ManagerUnreachable
 from fedsweep.manager import ExperimentManager
 from fedsweep.repeat import repeat
+from fedsweep.run import _not_complete, _say_what_is_not_run, ask_status
 
 GRID = "p: {combinations: [{width_factor: [1, 2]}]}"
 TASK = {"task_id": "p_0_42", "seed": 42}
@@ -73,6 +77,92 @@ def test_a_sweep_at_rest_tries_nothing_again_by_itself(tmp_path, monkeypatch):
         manager.mark_failed(task["task_id"], "w", "ValueError: no")
     found = ask_failures(Sweep(tmp_path / ".fedsweep"))
     assert (found["groups"][0]["open"], found["hands_out"]) == (1, False)
+
+
+def test_the_end_of_a_run_tells_each_cause_once_and_the_cancelled_apart(swept):
+    with swept as manager:
+        status = manager.get_status()
+    assert [each["task_id"] for each in status["failures"]] == ["bad_0_42", "bad_1_42"]
+    assert _not_complete(status, swept.state_dir).splitlines() == [
+        "2 experiments failed for good:",
+        "  2, such as bad_0_42: enough",
+        "`fedsweep failures` says more, `fedsweep retry` lets them be tried again.",
+        "Each has a log in its output folder's logs/; those of the workers are in .fedsweep/logs.",
+        "2 experiments (gone_0_42, gone_1_42) were cancelled; `fedsweep retry cancelled` brings them back.",
+    ]
+    elsewhere = _not_complete({"failed": 1, "cancelled": 1}, Path("my state"))
+    assert elsewhere == "1 experiment was cancelled; `fedsweep retry cancelled --state-dir 'my state'` brings it back."
+
+
+def test_a_retry_says_plainly_that_there_is_nothing_to_try(swept):
+    sweep = Sweep(swept.state_dir)
+    hint = "; 2 cancelled stay so (`fedsweep retry cancelled` brings them back)."
+    assert retry(sweep, []) == (
+        f"2 tasks will be tried again (where nothing runs, once the sweep is started again){hint}"
+    )
+    assert retry(sweep, []) == f"Nothing to try again{hint}"
+    assert retry(sweep, ["cancelled"]).startswith("2 tasks will be tried again")
+    assert retry(sweep, []) == "Nothing to try again."
+
+
+class Running:
+    """Stands in for a sweep that runs."""
+
+    def __init__(self, **answered: Any) -> None:
+        self.answered = answered
+
+    def ask_running(self, message: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "ack"} | self.answered
+
+
+@pytest.mark.parametrize(
+    ("answered", "words"),
+    [
+        (
+            {"workers": 2, "tasks": 24, "lease_s": 120.0},
+            " Waiting for 2 workers with 24 tasks; a worker without a sign is given up after 120 s; "
+            "`fedsweep stop` ends now.",
+        ),
+        ({"workers": 0, "tasks": 0, "lease_s": 120.0}, ""),
+        ({}, ""),  # of a manager that does not say
+    ],
+)
+def test_a_drain_says_whom_it_waits_for_and_how_long_at_most(answered, words):
+    said = end(Running(**answered), "drain")
+    assert said == (
+        f"Workers finish what they hold and get nothing more; then all ends.{words} "
+        "Everything finished is kept; the command that started the sweep goes on from there."
+    )
+    assert "Waiting" not in end(Running(**answered), "stop")
+
+
+def test_status_at_rest_says_how_the_sweep_was_left(swept, fedsweep):
+    done = fedsweep("status")
+    assert (done.returncode, done.stdout) == (1, "")
+    first, how_far = done.stderr.splitlines()
+    assert first.startswith("fedsweep: no manager is running on .fedsweep; name another --state-dir")
+    assert re.fullmatch(
+        r"As it was left on \d\d \w+ \d\d:\d\d: 0 of 4 experiments complete, 2 failed for good, 2 cancelled\.", how_far
+    )
+    retry(Sweep(swept.state_dir), [])
+    with pytest.raises(ManagerUnreachable, match="2 cancelled, 2 still to be run; the command that started it goes on"):
+        ask_status(swept.state_dir)
+
+
+def test_what_the_configuration_does_not_ask_for_is_counted_in_full_each_time(swept, caplog):
+    caplog.set_level("INFO")
+    for alpha, count in (("1, 2", 2), ("1", 3)):
+        expected = f"{count} experiments of an earlier configuration are kept, with all results, but not run"
+        (swept.state_dir.parent / "a.yaml").write_text(f"bad: {{combinations: [{{alpha: [{alpha}]}}]}}")
+        for _ in range(2):  # the second finds nothing to change
+            caplog.clear()
+            with ExperimentManager(["a.yaml"], state_dir=swept.state_dir) as manager:
+                assert manager.start() == 1
+                status = manager.get_status()
+            assert expected in caplog.text
+            said: list[str] = []
+            _say_what_is_not_run(status, said.append)
+            assert said == [f"{expected}."]
 
 
 # ---- repeat

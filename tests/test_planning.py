@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from fedsweep.planning import PhasePlan, Plan, show_plan
+from fedsweep.planning import PhasePlan, Plan, make_plan, show_plan
 from fedsweep.worker.probe import CohortEstimate, Estimate, Missing
 
 
@@ -12,10 +14,12 @@ def cohort(plan: str | None) -> CohortEstimate:
     return CohortEstimate(f"shape of {plan}", 3, plan, 0.5, 1_000_000)
 
 
-def plan_of(*plans: str | None, duplicates: int = 0, missing: tuple[Missing, ...] = ()) -> Plan:
+def plan_of(
+    *plans: str | None, duplicates: int = 0, failed: int = 0, cancelled: int = 0, missing: tuple[Missing, ...] = ()
+) -> Plan:
     phases = {"p": PhasePlan(6, duplicates, {"p": duplicates} if duplicates else {}, 0)}
     estimate = Estimate(None, "cpu", {}, (), missing=missing, cohorts=tuple(map(cohort, plans)))
-    return Plan(6, 6 - duplicates, duplicates, 0, phases, estimate)
+    return Plan(6, 6 - duplicates, duplicates, 0, failed, cancelled, phases, estimate)
 
 
 def lines(plan: Plan, capsys, monkeypatch) -> list[str]:
@@ -53,3 +57,22 @@ def test_a_data_set_that_is_missing_is_told_before_the_estimate(capsys, monkeypa
     place = shown.index("Missing: mnist, for 3 of them; `fedsweep run` does not start without it.")
     assert shown[place - 1] == "6 of 6 distinct experiments are still to be run."
     assert shown[place + 1 : place + 3] == reason.splitlines()
+
+
+def test_what_failed_for_good_or_was_cancelled_is_not_still_to_be_run(capsys, monkeypatch):
+    said = lines(plan_of("loop", failed=2, cancelled=1), capsys, monkeypatch)
+    place = said.index("3 of 6 distinct experiments are still to be run.")
+    assert said[place + 1 : place + 3] == [
+        "2 failed for good and are not run again, unless by `fedsweep retry`.",
+        "1 is cancelled, unless by `fedsweep retry cancelled`.",
+    ]
+
+
+def test_a_plan_asks_the_ledger_what_failed(swept):
+    def plan(state_dir: Path) -> Plan:
+        options = {"data_dir": None, "device": "cpu", "max_tasks": 9, "with_probe": False, "quiet": True}
+        return make_plan(["a.yaml"], state_dir=state_dir, **options)
+
+    made = plan(swept.state_dir)
+    assert (made.unique, made.failed, made.cancelled, made.waiting) == (4, 2, 2, 0)
+    assert (plan(Path("none")).failed, plan(Path("none")).waiting) == (0, 4)

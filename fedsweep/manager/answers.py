@@ -147,8 +147,7 @@ def _cancel(sweep: OpenSweep, request: Cancel, legacy: bool) -> dict[str, Any]:
 
 
 def _end(sweep: OpenSweep, request: Drain | Stop, legacy: bool) -> dict[str, Any]:
-    sweep.end(request.type)
-    return ACK
+    return {**ACK, **sweep.end(request.type)}
 
 
 ANSWERS: dict[type[Request], Callable[[OpenSweep, Any, bool], dict[str, Any]]] = {

@@ -68,6 +68,11 @@ class FailureView:
         query = "SELECT count(*) FROM tasks WHERE status = 'failed' AND orphaned = 0 AND last_error = ?"
         return int(self._db.execute(query, (CANCELLED_ERROR,)).fetchone()[0])
 
+    def given_up(self) -> dict[str, bool]:
+        """The signatures of all tasks that failed, those of an earlier configuration too; whether each is cancelled."""
+        rows = self._db.execute("SELECT signature, last_error FROM tasks WHERE status = 'failed'")
+        return {row["signature"]: row["last_error"] == CANCELLED_ERROR for row in rows}
+
     def _causes(self, *, orphaned: bool = False) -> Iterator[sqlite3.Row]:
         query = f"SELECT * FROM ({_CAUSES}) ORDER BY status = 'failed' DESC, position, attempt"
         return iter(self._db.execute(query, {"max_losses": self._max_losses, "orphaned": int(orphaned)}))

@@ -11,7 +11,8 @@ from typing import Any, Self
 
 SHOWN_CAUSE = 300  # characters of a message that tell one cause from another
 LOST, CANCELLED = "lost", "cancelled"  # groups of tasks that failed without raising anything
-CANCELLED_ERROR = "cancelled; `fedsweep retry` brings it back"  # the last error of a cancelled task, and of no other
+# The last error of a cancelled task, and of no other. Ledgers have it in these words; people are shown others.
+CANCELLED_ERROR = "cancelled; `fedsweep retry` brings it back"
 
 # What may differ between two failures of one cause, and what stands for it. Paths first: they hold numbers. A worker
 # sends what it likes, so none may begin again at each letter of a long word.

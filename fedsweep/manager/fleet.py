@@ -160,9 +160,8 @@ class Fleet:
         worker.knows_at = self._clock.monotonic() + (HEARING_S if asks_again else 0.0)
 
     def left(self, worker_id: str) -> None:
-        """Note that a worker has heard that there is no more for it, and ends."""
-        if worker := self._workers.get(worker_id):
-            worker.knows_at = self._clock.monotonic()
+        """Forget a worker that has heard that there is no more for it, and ends."""
+        self._workers.pop(worker_id, None)
 
     def all_know(self) -> bool:
         """Whether every live worker knows that there is no more for it."""

@@ -11,7 +11,8 @@ from typing import Any
 from pydantic_core import from_json
 
 from fedsweep.errors import StateError
-from fedsweep.manager.records import Counts, History, Row, Status, Task, UnknownTask
+from fedsweep.manager.failures import CANCELLED_ERROR
+from fedsweep.manager.records import Counts, History, Holder, Row, Status, Task, UnknownTask
 
 
 class LedgerView:
@@ -89,10 +90,11 @@ class LedgerView:
         return [row["signature"] for row in self._db.execute(query)]
 
     def failed(self, limit: int = 20) -> list[tuple[str, str]]:
-        """Id and last error of the present tasks that failed for good, the first ones of them."""
+        """Id and last error of the present tasks that failed for good, the first ones of them; not the cancelled."""
         rows = self._db.execute(
-            "SELECT task_id, last_error FROM tasks WHERE status = 'failed' AND orphaned = 0 ORDER BY position LIMIT ?",
-            (limit,),
+            "SELECT task_id, last_error FROM tasks WHERE status = 'failed' AND orphaned = 0 AND last_error IS NOT ? "
+            "ORDER BY position LIMIT ?",
+            (CANCELLED_ERROR, limit),
         )
         return [(row["task_id"], row["last_error"] or "") for row in rows]
 
@@ -125,6 +127,14 @@ class LedgerView:
             "SELECT DISTINCT worker FROM attempts WHERE ended_at IS NULL OR ended_at >= ?", (moment.isoformat(),)
         )
         return [row["worker"] for row in rows]
+
+    def holders(self) -> list[Holder]:
+        """The workers that hold tasks, those that hold the most first."""
+        rows = self._db.execute(
+            "SELECT worker, count(*) AS tasks, max(lease_s) AS lease_s FROM attempts WHERE ended_as IS NULL "
+            "GROUP BY worker ORDER BY tasks DESC, worker"
+        )
+        return [Holder(worker_id=row["worker"], tasks=row["tasks"], lease_s=row["lease_s"]) for row in rows]
 
     def _task(self, condition: str, value: object) -> Task:
         found = self._db.execute(

@@ -24,7 +24,7 @@ from fedsweep.manager.fleet import LIVE_S
 from fedsweep.manager.gathering import CHANGING, Gathering
 from fedsweep.manager.output_roots import check_known_dirs, check_output_dirs
 from fedsweep.manager.protocol import Request
-from fedsweep.manager.records import PlanChange, Verdict
+from fedsweep.manager.records import PlanChange, Verdict, orphans_words
 from fedsweep.manager.refresher import Refresher
 from fedsweep.manager.server import serve_connection
 from fedsweep.manager.sources import read_sources
@@ -249,7 +249,9 @@ class ExperimentManager:
     def _note(self, change: PlanChange) -> None:
         with self.lock:
             self.sweep.ledger.set_meta("plan_change", json.dumps(change.as_dict()))
-        log.info("%d experiments: %s", change.added + change.kept + change.restored, change)
+            orphaned = self.sweep.ledger.view.counts().orphaned
+        words = "; ".join(filter(None, (str(change), orphans_words(orphaned))))
+        log.info("%d experiments: %s", change.added + change.kept + change.restored, words)
 
     @staticmethod
     def _create_task_signature(config: Mapping[str, Any]) -> str:
@@ -409,6 +411,7 @@ class ExperimentManager:
         with self.lock:
             self.sweep.projection.flush()
             counts = self.sweep.ledger.view.counts()
+            cancelled = self.sweep.ledger.failures.cancelled()
             folders = self.sweep.ledger.view.output_dirs()
         if self.stops < 2:
             self.sweep.write_outputs()
@@ -419,7 +422,10 @@ class ExperimentManager:
             log.warning("%s: the last status could not be written: %s", self.state_dir, error)
         left = counts.pending + counts.assigned
         further = "; the same command goes on from there" if left else ""
-        log.info("%d complete, %d failed, %d left%s", counts.complete, counts.failed, left, further)
+        not_run = f", {cancelled} cancelled" if cancelled else ""
+        log.info(
+            "%d complete, %d failed%s, %d left%s", counts.complete, counts.failed - cancelled, not_run, left, further
+        )
         if counts.complete:
             log.info(report_words([folder for folder, is_active in folders.items() if is_active]))
         if not counts.is_terminal:

@@ -66,6 +66,15 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A worker with open attempts."""
+
+    worker_id: str
+    tasks: int  # that it holds
+    lease_s: float  # after so long without a sign of it they are taken back
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A cell and the result of its task: what one line of a CSV is made from."""
 
@@ -123,20 +132,17 @@ class PlanChange:
         """The four counts."""
         return {"added": self.added, "kept": self.kept, "removed": self.removed, "restored": self.restored}
 
-    @property
-    def not_run(self) -> str:
-        """What became of the removed ones, in words; empty where there are none."""
-        if not self.removed:
-            return ""
-        plural, verb = ("", "is") if self.removed == 1 else ("s", "are")
-        return (
-            f"{self.removed} experiment{plural} of an earlier configuration {verb} kept, with all results, but not run"
-        )
-
     def __str__(self) -> str:
         restored = f"{self.restored} restored" if self.restored else ""
-        counts = ", ".join(filter(None, (f"{self.added} added", f"{self.kept} kept", restored)))
-        return "; ".join(filter(None, (counts, self.not_run)))
+        return ", ".join(filter(None, (f"{self.added} added", f"{self.kept} kept", restored)))
+
+
+def orphans_words(count: int) -> str:
+    """What becomes of so many tasks that the present configuration does not ask for; empty where there are none."""
+    if not count:
+        return ""
+    plural, verb = ("", "is") if count == 1 else ("s", "are")
+    return f"{count} experiment{plural} of an earlier configuration {verb} kept, with all results, but not run"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,17 +17,19 @@ from fedsweep.manager.records import Counts, UnknownTask
 
 SHOWN_FAILURES = 20
 SHOWN_ERROR = 300  # characters
+SILENT_HEARTBEATS = 2.5  # a worker that was silent for longer may be gone
 REMEMBERED = 10_000  # labels, and costs, of tasks
 
 
 class StatusReporter:
     """Puts together how a sweep is getting on, from counts that are kept anyway: asking costs next to nothing."""
 
-    def __init__(self, view: LedgerView, failures: FailureView, fleet: Fleet) -> None:
+    def __init__(self, view: LedgerView, failures: FailureView, fleet: Fleet, heartbeat_s: float) -> None:
         self.pace = Pace()
         self._view = view
         self._failures = failures
         self._fleet = fleet
+        self._silent_s = SILENT_HEARTBEATS * heartbeat_s
         self._labels: dict[str, tuple[str, str]] = {}
         self._costs: dict[str, float] = {}
         self._cancelled: tuple[Counts, int] = Counts(), 0  # what was counted when the counts were these
@@ -107,6 +109,9 @@ class StatusReporter:
         at_work = sum(bool(worker.tasks) for worker in workers)
         self.pace.sample(now, sum(done), at_work, is_idle=not workers)
         waiting = 0.0 if is_draining else max(self._view.unfinished_cost() - sum(costs), 0.0)
+        holders = [worker for worker in workers if worker.tasks]
+        if holders and all(now - worker.last_seen > self._silent_s for worker in holders):
+            return None  # while nobody gets on, it would grow
         held = [cost - part for cost, part in zip(costs, done, strict=True)]
         return self.pace.seconds_left(waiting, held)
 

@@ -33,6 +33,7 @@ MAX_HAND_OUT = 256  # tasks in one answer; each takes about 1.1 kB of it, more w
 MAX_GROUPS = 100  # of failures, in one answer
 ENVELOPE = 256  # bytes of an answer besides its tasks
 LONGEST_WAIT_S = 5.0
+SHOWN_HOLDERS = 8  # workers that are waited for, in the log
 
 Consequence = Callable[[], Iterable[Row] | None]  # of a change that is on disk; the rows that it brings
 Ending = Literal["drain", "stop"]
@@ -82,7 +83,7 @@ class OpenSweep:
         self.fleet = Fleet(clock, expected_workers)
         self.fleet.set_aside = [SetAside.read(each) for each in json.loads(self.ledger.view.meta("set_aside") or "[]")]
         self.outputs = Outputs(self.ledger.view, lock)
-        self._reporter = StatusReporter(self.ledger.view, self.ledger.failures, self.fleet)
+        self._reporter = StatusReporter(self.ledger.view, self.ledger.failures, self.fleet, heartbeat_s)
         self._consequences: list[Consequence] | None = None  # of changes that are made together
 
     def close(self) -> None:
@@ -393,12 +394,25 @@ class OpenSweep:
         log.info("%d tasks are cancelled, %d of them were running", waited + running, running)
         return {"cancelled": waited + running, "running": running, "left": len(tasks) - waited - running}
 
-    def end(self, ending: Ending) -> None:
-        """Hand out nothing more and tell workers to end: when they have finished what they hold, or now."""
+    def end(self, ending: Ending) -> dict[str, float]:
+        """Hand out nothing more and tell workers to end: when they have finished what they hold, or now.
+
+        Returns:
+            How many `workers` are waited for, the `tasks` that they hold, and the longest `lease_s` of these: after so
+            long without a sign of its worker a task is waited for no more.
+        """
         with self.lock:
             self.hands_out = False
             self.ending = ending
+            holders = self.ledger.view.holders()
         log.info(ENDINGS[ending])
+        lease_s = max((each.lease_s for each in holders), default=self.lease_s)
+        if holders:
+            names = [f"{each.worker_id} ({each.tasks} task{'s' * (each.tasks != 1)})" for each in holders]
+            if more := len(names[SHOWN_HOLDERS:]):
+                names[SHOWN_HOLDERS:] = [f"{more} more"]
+            log.info("waiting for %s; a worker without a sign is given up after %.0f s", ", ".join(names), lease_s)
+        return {"workers": len(holders), "tasks": sum(each.tasks for each in holders), "lease_s": lease_s}
 
     # ---- files ----------------------------------------------------------------------------------------------------
 

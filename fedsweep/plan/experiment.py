@@ -75,7 +75,8 @@ class Experiment(BaseModel):
     `dirichlet_client`: clients of the same size, each with its own class mix (Hsu et al. 2019). `iid`: equal shares at
     random."""
     min_client_size: Integer = Field(default=10, ge=1, le=MAX_COUNT, json_schema_extra=_unit("samples"))
-    """`dirichlet_class` is drawn again until every client has at least this many samples."""
+    """`dirichlet_class` is drawn again until every client has at least this many samples; after 1,000 draws without
+    success the experiment fails."""
     data_ordering: Literal["shuffle", "good_bad", "bad_good"] = "shuffle"
     """Order within a local epoch: all samples shuffled; clean ones first, then poisoned ones; or the reverse."""
     aggregator: Literal["fedavg", "fedavg_uniform", "median"] = "fedavg"

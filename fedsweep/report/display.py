@@ -159,9 +159,10 @@ def _counts(status: Mapping[str, Any]) -> Text:
     if status.get("diverged"):
         text.append(f" ({status['diverged']} diverged)", "yellow")
     text.append(f" · running {status['assigned']} · pending {status['pending']} · ")
-    text.append(f"failed {status['failed']}", "bold red" if status["failed"] else "")
-    if status.get("cancelled"):
-        text.append(f" ({status['cancelled']} cancelled)", "yellow")
+    failed, cancelled = _failed_and_cancelled(status)
+    text.append(f"failed {failed}", "bold red" if failed else "")
+    if cancelled:
+        text.append(f" · cancelled {cancelled}", "yellow")
     if words := _tried_again(status):
         text.append(f"\n{words}", "yellow")
     if ending := ENDINGS.get(status.get("ending") or ""):
@@ -176,7 +177,7 @@ def _counts(status: Mapping[str, Any]) -> Text:
 def _workers(status: Mapping[str, Any]) -> list[Table | Text]:
     workers = sorted(status.get("workers", ()), key=lambda worker: str(worker["worker_id"]))
     if not workers:
-        return [Text("waiting for workers …", "dim")]
+        return [] if status.get("done") or status.get("ending") else [Text("waiting for workers …", "dim")]
     table = Table.grid(padding=(0, 2), expand=True)
     table.add_column(no_wrap=True, style="dim")
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)  # what gives way in a narrow terminal
@@ -204,9 +205,16 @@ def plain_line(status: Mapping[str, Any]) -> str:
     counts = (
         f"{_finished(status)}/{status['total']} done · complete {status['complete']} · running {status['assigned']}"
     )
-    counts += f" · pending {status['pending']} · failed {status['failed']}"
+    failed, cancelled = _failed_and_cancelled(status)
+    counts += f" · pending {status['pending']} · failed {failed}{f' · cancelled {cancelled}' if cancelled else ''}"
     words = " · ".join(filter(None, (counts, _tried_again(status))))
     return f"{words}{_time_left(status, ' · time left ')}"
+
+
+def _failed_and_cancelled(status: Mapping[str, Any]) -> tuple[int, int]:
+    """How many failed by themselves, and how many were cancelled; the status counts both as failed."""
+    cancelled = status.get("cancelled") or 0
+    return status["failed"] - cancelled, cancelled
 
 
 def _tried_again(status: Mapping[str, Any]) -> str:

@@ -63,11 +63,9 @@ class HeldTasks:
             if task.task_id not in self._tasks:
                 new.append(task)
                 self._logs[task.task_id] = TaskLog(task)
-                self.note(
-                    task.task_id,
-                    f"start: attempt {task.attempt} by {self.station.worker_id} on {self.station.device.torch_name}: "
-                    + json.dumps({**task.config, "seed": task.seed}, sort_keys=True),
-                )
+                who = f"{self.station.worker_id} on {self.station.device.torch_name}"
+                config = json.dumps({**task.config, "seed": task.seed}, sort_keys=True)
+                self.note(task.task_id, f"start: try {task.retry_count + 1} by {who}: {config}")
             self._tasks[task.task_id] = task
             self._heartbeat.hold(task)
         return new

@@ -188,7 +188,7 @@ def time_trainers(
         return {}
     for plan in order:
         if seconds and time.monotonic() > deadline:
-            log.info("no time was left to try %s", plan)
+            log.debug("no time was left to try %s", plan)
             continue
         try:
             seconds[plan] = _time_one(trainers[plan], piece, data, min(seconds.values(), default=None))

@@ -156,7 +156,10 @@ def test_failed_experiments_end_with_status_1_and_their_reason(fedsweep, tmp_pat
     assert done.returncode == 1, done.stdout + done.stderr
     assert "results_tiny has no results; of its 8 runs: 8 failed\n" in done.stdout
     assert "6 experiments failed for good" in done.stderr
-    assert "min_client_size" in done.stderr
+    (cause,) = (line for line in done.stderr.splitlines() if "min_client_size" in line)
+    assert cause.startswith("  6, such as tiny_0_1: PartitionError: ")
+    quiet = fedsweep("run", "impossible.yaml", "--device", "cpu", "poison_level=sample", "--quiet")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (1, "", done.stderr)
 
 
 def test_a_study_that_was_edited_shows_what_it_is_now(fedsweep, tiny):

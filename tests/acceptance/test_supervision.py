@@ -112,7 +112,10 @@ def test_a_second_study_in_the_same_folder_says_what_becomes_of_the_first(tmp_pa
     second = run(tmp_path, "global_rounds=2")
     output, _ = second.communicate(timeout=120)
     assert second.returncode == 0, output
-    assert "20 experiments of an earlier configuration are kept, with all results, but not run." in output.splitlines()
+    words = "20 experiments of an earlier configuration are kept, with all results, but not run."
+    assert words in output.splitlines()
+    again = run(tmp_path, "global_rounds=2")  # all is done
+    assert words in again.communicate(timeout=120)[0].splitlines()
     assert "removed" not in (tmp_path / ".fedsweep" / "logs" / "manager.log").read_text()
 
 

@@ -229,10 +229,12 @@ def test_of_a_thousand_tasks_on_eight_workers_one_of_them_broken_none_fails(mana
 
 
 @pytest.mark.parametrize("how", ["drain", "stop"])
-def test_a_sweep_that_is_ended_tells_its_workers(managers, how):
+def test_a_sweep_that_is_ended_tells_its_workers(managers, how, caplog):
+    caplog.set_level("INFO")
     manager = managers(GRID)
     task = take(manager)
-    assert ask(manager, how) == {"type": "ack"}
+    assert ask(manager, how) == {"type": "ack", "workers": 1, "tasks": 1, "lease_s": 120.0}
+    assert "waiting for host-7-a3f0c1 (1 task); a worker without a sign is given up after 120 s" in caplog.text
     assert manager.get_status()["ending"] == how
     told = ask(manager, "request_task", worker_id="v")
     assert (told["type"], told["done"]) == ("no_task", True)
@@ -280,6 +282,31 @@ def test_the_time_left_of_a_sweep_that_ends_is_that_of_what_still_runs(managers,
     ask(manager, how)
     manager.sweep.look_at_pace()  # as it does all the time while it serves
     assert manager.get_status()["eta_s"] == pytest.approx(seconds)
+
+
+def test_no_time_left_is_told_while_nobody_who_holds_tasks_gives_a_sign(managers, clock):
+    manager = managers(FORTY)
+    tasks = train_half(manager, clock, 20)
+    ask(manager, "drain")
+    assert manager.get_status()["eta_s"] == pytest.approx(150)
+    clock.advance(26)
+    assert ask(manager, "request_task", worker_id="idle")["done"]
+    assert manager.get_status()["eta_s"] is None
+    held = [{"task_id": task["task_id"], "attempt": task["attempt"], "round": 6, "rounds": 10} for task in tasks]
+    ask(manager, "heartbeat", worker_id="w", tasks=held)
+    clock.advance(2)
+    assert manager.get_status()["eta_s"] is not None
+
+
+def test_a_drain_waits_for_those_that_hold_tasks_by_name(managers, caplog):
+    caplog.set_level("INFO")
+    manager = managers(FORTY)
+    for number in range(10):
+        ask(manager, "request_task", worker_id=f"w{number}", max_tasks=1 + (number == 9))
+    answered = ask(manager, "drain")
+    assert (answered["workers"], answered["tasks"]) == (10, 11)
+    assert "waiting for w9 (2 tasks), w0 (1 task), " in caplog.text
+    assert "w6 (1 task), 2 more; a worker without a sign" in caplog.text
 
 
 def test_attempts_that_failed_are_counted_while_their_tasks_are_tried_again(managers, make_result):

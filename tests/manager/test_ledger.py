@@ -318,9 +318,7 @@ def test_an_edited_grid_adds_keeps_orphans_and_restores(fresh, ledgers, make_gri
     ledger.accept(tasks[0].task_id, "w", make_result(tasks[0].as_dict()), tasks[0].attempt)
 
     change = ledger.store_plan(make_grid("three: {combinations: [{width_factor: [4, 8]}]}").tasks)
-    assert str(change) == (
-        "1 added, 1 kept; 2 experiments of an earlier configuration are kept, with all results, but not run"
-    )
+    assert str(change) == "1 added, 1 kept"
     assert ledger.view.counts() == Counts(pending=2, orphaned=2)
     ledger = ledgers()
     assert ledger.view.result(tasks[0].number)["mean_test_acc"] > 0  # never dropped
@@ -328,9 +326,7 @@ def test_an_edited_grid_adds_keeps_orphans_and_restores(fresh, ledgers, make_gri
     assert not ledger.renew(tasks[1].task_id, "w", tasks[1].attempt)
 
     change = ledger.store_plan(make_grid(THREE).tasks)
-    assert str(change) == (
-        "0 added, 1 kept, 2 restored; 1 experiment of an earlier configuration is kept, with all results, but not run"
-    )
+    assert str(change) == "0 added, 1 kept, 2 restored"
     assert ledger.view.counts() == Counts(pending=1, assigned=1, complete=1, orphaned=1)
 
 

@@ -173,7 +173,9 @@ def test_a_worker_that_was_told_is_waited_for_until_it_leaves_or_must_have_heard
     assert ask(manager, "request_task", worker_id="w")["done"]  # the answer had been lost
     clock.advance(HEARING_S - 0.1)
     assert not manager.sweep.has_told_everyone()
+    assert [worker["worker_id"] for worker in manager.get_status()["workers"]] == ["w"]
     assert ask(manager, "leave", worker_id="w") == {"type": "ack"}
+    assert manager.get_status()["workers"] == []
     assert manager.sweep.has_told_everyone()
     assert ask(manager, "leave", worker_id="nobody") == {"type": "ack"}
     assert ask(manager, "request_task", worker_id="old", legacy=True)["done"]

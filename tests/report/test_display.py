@@ -27,6 +27,18 @@ def test_a_line_without_failures_and_without_a_time_to_tell(seconds):
     assert "time left" not in shown(STATUS)
 
 
+@pytest.mark.parametrize("over", [{"done": True}, {"ending": "drain"}])
+def test_workers_are_awaited_only_while_there_is_something_for_them(over):
+    assert "waiting for workers" in shown(STATUS)
+    assert "waiting for workers" not in shown(STATUS | over)
+
+
+def test_the_cancelled_are_told_apart_from_the_failed():
+    status = STATUS | {"failed": 3, "cancelled": 2, "total": 13}
+    assert plain_line(status).endswith("pending 5 · failed 1 · cancelled 2")
+    assert "failed 1 · cancelled 2" in shown(status)
+
+
 @pytest.mark.parametrize(
     ("count", "words"),
     [

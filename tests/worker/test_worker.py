@@ -399,13 +399,14 @@ def test_a_manager_away_or_old_does_not_disturb_the_task(make_manager, work):
 
 
 def test_the_log_of_an_experiment_tells_its_story_and_a_second_attempt_appends(make_manager, work):
-    bad = {"task_id": "a_0_1", "config": SHORT | {"num_clients": 1000}, "attempt": 1}
-    manager = make_manager(bad, {"task_id": "a_0_1", "attempt": 2})
+    bad = {"task_id": "a_0_1", "config": SHORT | {"num_clients": 1000}, "attempt": 59}
+    manager = make_manager(bad, {"task_id": "a_0_1", "attempt": 71, "retry_count": 1})
     assert work(manager, worker_id="w") == 0
     text = (manager.output_dir / "logs" / "a_0_1.log").read_text()
     lines = [line[24:] for line in text.splitlines() if line.startswith("20")]
     assert [line.split(":")[0] for line in lines] == ["start", "failed", "start", "round 1/2", "round 2/2", "result"]
-    assert lines[2].startswith("start: attempt 2 by w on cpu: {")
+    assert lines[0].startswith("start: try 1 by w on cpu: {")
+    assert lines[2].startswith("start: try 2 by w on cpu: {")
     assert json.loads(lines[2].split(": ", 2)[2]) == SHORT | {"seed": 1}
     _, history = run_single_experiment(SHORT, 1)
     assert lines[3] == f"round 1/2: validation loss {history[0]['val_loss']}, accuracy {history[0]['val_acc']}"
