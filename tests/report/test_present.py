@@ -66,7 +66,7 @@ def test_settings_that_all_cells_share_are_in_the_line_above_the_table_and_in_ev
     assert set(drawn) == {"accuracy", "validation"}
     for pages in drawn.values():
         for figure in pages:
-            words = figure.get_supxlabel().replace("\n", " ")
+            words = figure.get_supxlabel().replace("\n", " ").replace("\xa0", " ")
             assert "poison level client, clients 5, rounds 6" in words
 
 
