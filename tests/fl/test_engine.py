@@ -119,7 +119,7 @@ def test_a_round_of_the_compiled_kernels_is_that_of_the_reference(
     else:
         # Where a ReLU or a pooling window is decided by the last bit, float32 engines part by a sample's gradient, and
         # the reference parts from itself in float64. Which experiments that befalls depends on the processor. At most
-        # lr * max_grad_norm / (1 - momentum) / batch_size = 0.006 of it reaches a client's weights, of length 3 or more.
+        # lr * max_grad_norm / (1 - momentum) / batch_size = 0.006 of it reaches the weights of a client, of length > 3.
         assert sorted(distances)[len(distances) * 8 // 10] <= 1e-6
         assert max(distances) <= 2e-3
 
